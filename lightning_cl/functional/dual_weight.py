@@ -12,10 +12,10 @@ from torch import Tensor
 class DualWeight:
     """Turn ``minimise task subject to penalty <= target`` into a weight for the penalty, one update a step.
 
-    The weight is the Lagrange multiplier of the constraint, kept as its logarithm so that it stays positive and moves by
-    factors. Each update adds ``rate`` times the constraint's violation to the logarithm (the integral, dual ascent) and
-    shows the weight with ``gain`` times the same violation on top (proportional: without it a multiplier oscillates,
-    because the penalty answers to the weight only some steps later; Stooke et al., arXiv 2007.03964). The violation is
+    The weight is the Lagrange multiplier of the constraint, kept as its logarithm so that it stays positive and moves
+    by factors. Each update adds ``rate`` times the constraint's violation to the logarithm (the integral, dual ascent)
+    and shows the weight with ``gain`` times the same violation on top (proportional: without it a multiplier
+    oscillates, because the penalty answers to it some steps later; Stooke et al., arXiv 2007.03964). The violation is
     ``log(average / target)`` clipped to ``[-1, 1]``, where ``average`` is the bias-corrected moving average of the
     measured values: it has no unit, so one pair of rates serves a divergence of 0.005 nats and a margin of 3.0.
     Adaptive-KL controllers (Ziegler et al., arXiv 1909.08593, eq. 4) are this with ``gain=0``.
@@ -52,9 +52,9 @@ class DualWeight:
         target: float,
         *,
         initial: float = 1.0,
-        rate: float = 0.1,
-        gain: float = 1.0,
-        smoothing: float = 0.8,
+        rate: float = 0.05,
+        gain: float = 2.0,
+        smoothing: float = 0.5,
         minimum: float = 1e-3,
         maximum: float = 1e3,
     ) -> None:
@@ -65,13 +65,13 @@ class DualWeight:
             )
         if not 0 < minimum <= initial <= maximum < math.inf:
             raise ValueError(
-                f"`minimum={minimum}`, `initial={initial}`, `maximum={maximum}`: the weight moves by factors, so they must"
-                " obey 0 < minimum <= initial <= maximum < inf. Move `initial` into the bounds or widen them."
+                f"`minimum={minimum}`, `initial={initial}`, `maximum={maximum}`: the weight moves by factors, so they"
+                " must obey 0 < minimum <= initial <= maximum < inf. Move `initial` into the bounds or widen them."
             )
         if not (0 <= rate < math.inf and 0 <= gain < math.inf and rate + gain > 0):
             raise ValueError(
-                f"`rate={rate}`, `gain={gain}`: both must be finite and >= 0 and one > 0, or the weight could never move."
-                " Use the defaults, or a fixed `weight`."
+                f"`rate={rate}`, `gain={gain}`: both must be finite and >= 0 and one > 0, or the weight could never"
+                " move. Use the defaults, or a fixed `weight`."
             )
         if not 0 <= smoothing < 1:
             raise ValueError(
@@ -113,7 +113,8 @@ class DualWeight:
         """
         if value.numel() != 1:
             raise ValueError(
-                f"`value` has shape {tuple(value.shape)}: the constraint is on one number. Reduce it, e.g. `value.mean()`."
+                f"`value` has shape {tuple(value.shape)}: the constraint is on one number."
+                " Reduce it, e.g. `value.mean()`."
             )
         measured = value.detach().reshape(()).to(torch.float64)
         self._move(measured.device)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import doctest
 import math
 
 import pytest
@@ -11,12 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_cl.functional import dual_weight
 from lightning_cl.functional.dual_weight import DualWeight
-
-
-def test_doctest() -> None:
-    assert doctest.testmod(dual_weight).failed == 0
 
 
 @settings(max_examples=40, deadline=None)
@@ -43,10 +37,10 @@ def test_equals_the_scalar_recursion(values, target, rate, gain, smoothing) -> N
         assert float(dual.average) == pytest.approx(average, rel=1e-6, abs=1e-12)
 
 
-def _train(dual: DualWeight, floor: float = 0.0, steps: int = 400) -> list[float]:
+def _train(dual: DualWeight, floor: float = 0.0, steps: int = 600) -> list[float]:
     """Minimise (x - 2)^2 under the penalty floor + x^2 / 2, which costs 2 where the task is solved."""
     x = torch.zeros(1, requires_grad=True)
-    optimizer = torch.optim.Adam([x], lr=0.05)
+    optimizer = torch.optim.Adam([x], lr=0.01)
     seen = []
     for _ in range(steps):
         penalty = (floor + x.square() / 2).sum()
@@ -61,7 +55,7 @@ def _train(dual: DualWeight, floor: float = 0.0, steps: int = 400) -> list[float
 @pytest.mark.parametrize("target", [0.005, 0.1, 1.0])
 def test_holds_an_optimisation_at_the_target(target: float) -> None:
     dual = DualWeight(target)
-    tail = _train(dual)[-50:]
+    tail = _train(dual)[-100:]
     assert sum(tail) / len(tail) == pytest.approx(target, rel=0.1)
     met, average, weight = dual.status()
     assert met
@@ -90,7 +84,7 @@ def test_a_target_out_of_reach_ends_at_the_maximum_and_says_so() -> None:
     # no wind-up: a constraint that becomes reachable is answered within a few steps
     for _ in range(10):
         dual.update(torch.tensor(0.0))
-    assert float(dual.weight) < 25.0
+    assert float(dual.weight) < 10.0
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
