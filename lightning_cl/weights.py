@@ -1,68 +1,137 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trainable weights as local shards, and exact, reversible swaps of them (also under FSDP2)."""
+"""Trainable weights as local shards, and exact, reversible swaps of them (also under FSDP1 and FSDP2)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_cl.anatomy import adapter_layers
+# Parts that wrappers put into parameter names and that no checkpoint shows.
+_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+
+
+def clean_name(name: str) -> str:
+    """The parameter's name as a checkpoint's ``state_dict`` has it, without what FSDP1 and checkpoint wrappers add.
+
+    Example:
+        >>> clean_name("_fsdp_wrapped_module.model._checkpoint_wrapped_module.head.weight")
+        'model.head.weight'
+    """
+    for part in _WRAPPERS:
+        name = name.replace(part, "")
+    return name
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that require gradients, by name, each shared parameter once."""
-    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+    """The parameters that require gradients, by name, each shared parameter once.
+
+    Under FSDP2 call it while the groups are sharded (in ``on_fit_start``, or after :func:`reshard`): a group that is
+    gathered shows its temporary full parameters instead of the shards that the optimizer holds.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+        >>> _ = net[0].requires_grad_(False)
+        >>> list(trainable(net))
+        ['1.weight', '1.bias']
+    """
+    return {clean_name(name): p for name, p in module.named_parameters() if p.requires_grad}
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The plain tensor that this rank holds: the local shard of a DTensor, or the tensor itself."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    """The plain tensor that this rank holds: the local shard of a DTensor, or the tensor itself.
+
+    The result shares its memory with ``tensor`` and carries no graph.
+    """
+    if hasattr(tensor, "to_local"):
+        with torch.no_grad():
+            return tensor.to_local().detach()
+    return tensor.detach()
 
 
 def reshard(module: nn.Module) -> None:
-    """Free the gathered parameters of every FSDP2 group, so that the next forward gathers the shards anew.
+    """Free the gathered parameters of every FSDP group, so that the next forward gathers the shards anew.
 
-    After a forward pass the root group stays gathered; a swap of its shards would then go unnoticed.
+    After a forward pass the root group stays gathered; a swap of its shards would then go unnoticed. Without FSDP
+    this does nothing.
     """
-    for part in module.modules():
-        if hasattr(part, "reshard") and hasattr(part, "unshard"):
-            part.reshard()
+    for group in _groups(module):
+        group.scatter()
 
 
 @contextmanager
-def swapped(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+def swapped(
+    module: nn.Module, tensors: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter] | None = None
+) -> Iterator[None]:
     """Hold other values in the named parameters while the context lasts.
+
+    One copy of the replaced values is kept meanwhile, and put back at the end, also after an exception. A group of
+    FSDP that is in the middle of its forward (the network's pre-hook runs inside the root group's forward) is
+    gathered again after each exchange, so that what runs next sees the values that the shards hold now.
 
     Args:
         module: the module whose parameters change.
-        tensors: local shards by parameter name, in any dtype.
+        tensors: local shards by parameter name, in any floating-point dtype; they are only read.
+        parameters: the module's parameters by the same names, where the caller has them already (a large model takes
+            milliseconds to list).
+
+    Raises:
+        ValueError: if a name is not a parameter of the module, or a tensor has another shape than this rank's shard.
     """
-    parameters = dict(module.named_parameters())
-    targets = {name: local(parameters[name].detach()) for name in tensors}
-    reshard(module)
+    groups = _groups(module)
+    running = [group for group in groups if group.running()]
+    for group in groups:
+        group.scatter()
+    if parameters is None:
+        parameters = {clean_name(name): p for name, p in module.named_parameters()}
+    targets, values = [], []
+    for name, value in tensors.items():
+        if name not in parameters:
+            raise ValueError(
+                f"`swapped` got a value for {name!r}, which is no parameter of `{type(module).__name__}`. Pass names of"
+                " `module.named_parameters()`."
+            )
+        target = local(parameters[name])
+        if target.shape != value.shape:
+            raise ValueError(
+                f"`swapped` got a tensor of shape {tuple(value.shape)} for {name!r}, whose local shard has shape"
+                f" {tuple(target.shape)}. Pass this rank's shard: `local(parameter)` shows it."
+            )
+        targets.append(target)
+        values.append(value)
     with torch.no_grad():
-        saved = {name: target.clone() for name, target in targets.items()}
-        for name, target in targets.items():
-            target.copy_(tensors[name])
+        saved = [target.clone() for target in targets]
+        _copy(targets, values)
     try:
+        for group in running:
+            group.gather()
         yield
     finally:
-        reshard(module)
+        for group in groups:
+            group.scatter()
+        # The shards of FSDP1 are views that a forward pass may have set anew: look them up again.
+        targets = [local(parameters[name]) for name in tensors]
         with torch.no_grad():
-            for name, target in targets.items():
-                target.copy_(saved[name])
+            _copy(targets, saved)
+    # Not after an exception: gathering is collective, and the other ranks may not be here.
+    for group in running:
+        group.gather()
 
 
 @contextmanager
 def adapters_disabled(module: nn.Module) -> Iterator[None]:
-    """Every PEFT adapter layer inside ``module`` is off while the context lasts, and then as it was."""
-    layers = adapter_layers(module)
-    before = [layer._disable_adapters for layer in layers]
+    """Every PEFT adapter inside ``module`` is off while the context lasts, and then as it was.
+
+    That includes the copies that ``modules_to_save`` trains: with them off, PEFT runs the original module.
+    """
     # PEFT's own `enable_adapters(False)` also clears `requires_grad` of the adapters, which would detach them from the
     # optimizer's view of the model in the middle of a step; only the flag that forward reads is touched here.
+    layers: list[Any] = [m for m in module.modules() if isinstance(getattr(m, "_disable_adapters", None), bool)]
+    before = [layer._disable_adapters for layer in layers]
     for layer in layers:
         layer._disable_adapters = True
     try:
@@ -70,3 +139,183 @@ def adapters_disabled(module: nn.Module) -> Iterator[None]:
     finally:
         for layer, flag in zip(layers, before, strict=True):
             layer._disable_adapters = flag
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether any parameter is spread over ranks (FSDP1, FSDP2, tensor parallelism)."""
+    return bool(_groups(module)) or any(hasattr(p, "to_local") for p in module.parameters())
+
+
+def gather(
+    module: nn.Module, tensors: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter], everywhere: bool = False
+) -> dict[str, Tensor]:
+    """The whole tensors on the CPU, from every rank's shards, in the tensors' own dtype.
+
+    Collective: every rank calls it, with the same names in the same order. One tensor at a time is gathered, so the
+    device needs room for the largest one alone.
+
+    Args:
+        module: the module that holds the parameters.
+        tensors: local shards by parameter name.
+        parameters: the parameters whose layout the shards have.
+        everywhere: every rank keeps the result. Otherwise sharded tensors are kept on global rank 0 alone, and the
+            other ranks return without them.
+    """
+    flat = _flat_layouts(module)
+    keep = everywhere or not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0
+    whole = {}
+    for name, shard in tensors.items():
+        parameter = parameters[name]
+        if hasattr(parameter, "to_local"):
+            from torch.distributed.tensor import DTensor
+
+            layout: Any = parameter
+            full = DTensor.from_local(
+                shard,
+                layout.device_mesh,
+                layout.placements,
+                run_check=False,
+                shape=parameter.shape,
+                stride=parameter.stride(),
+            ).full_tensor()
+        elif id(parameter) in flat:
+            full = flat[id(parameter)].whole(shard)
+        else:
+            whole[name] = shard.detach().to("cpu", copy=True)
+            continue
+        if keep:
+            whole[name] = full.detach().to("cpu", copy=True)
+    return whole
+
+
+def scatter(module: nn.Module, whole: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """This rank's shards of whole tensors, on the parameters' devices, in the tensors' own dtype; no communication.
+
+    Raises:
+        ValueError: if a tensor's shape is not its parameter's.
+    """
+    flat = _flat_layouts(module)
+    shards = {}
+    for name, full in whole.items():
+        parameter = parameters[name]
+        layout = flat.get(id(parameter))
+        shape = layout.shape if layout is not None else parameter.shape
+        if full.shape != shape:
+            raise ValueError(
+                f"The saved tensor of {name!r} has shape {tuple(full.shape)}, the parameter {tuple(shape)}. They belong"
+                " to different models: build the model as it was when the state was saved, or drop that state."
+            )
+        device = local(parameter).device
+        if hasattr(parameter, "to_local"):
+            from torch.distributed.tensor import distribute_tensor
+
+            spread: Any = parameter
+            piece = distribute_tensor(full.to(device), spread.device_mesh, spread.placements, src_data_rank=None)
+            shards[name] = local(piece).clone()
+        elif layout is not None:
+            shards[name] = layout.part(full).to(device, copy=True)
+        else:
+            shards[name] = full.to(device, copy=True)
+    return shards
+
+
+def _copy(targets: list[Tensor], values: list[Tensor]) -> None:
+    if targets:
+        torch._foreach_copy_(targets, values)
+
+
+class _Group:
+    """A set of parameters that FSDP gathers and frees together, the same for FSDP1 and FSDP2.
+
+    The calls are private to PyTorch: the public ``reshard()`` of FSDP2 does nothing while a root group is in its
+    forward, and FSDP1 has none; yet only what really frees the gathered values makes a swap visible.
+    """
+
+    def __init__(self, running: Callable[[], bool], scatter: Callable[[], None], gather: Callable[[], None]) -> None:
+        self.running, self.scatter, self.gather = running, scatter, gather
+
+
+def _groups(module: nn.Module) -> list[_Group]:
+    groups = []
+    for part in module.modules():
+        if hasattr(part, "_get_fsdp_state") and hasattr(part, "unshard"):
+            groups += [_fsdp2_group(part, group) for group in _fsdp2_parameter_groups(part)]
+        elif type(part).__name__ == "FullyShardedDataParallel" and getattr(part, "_handle", None) is not None:
+            groups.append(_fsdp1_group(part))
+    return groups
+
+
+def _fsdp2_parameter_groups(part: Any) -> list[Any]:
+    state = part._get_fsdp_state()
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    return [state._fsdp_param_group] if state._fsdp_param_group is not None else []  # before PyTorch 2.12
+
+
+def _fsdp2_group(part: Any, group: Any) -> _Group:
+    def scatter() -> None:
+        # A prefetched gather that still runs would deliver the values of before the exchange: let it end first.
+        if group._all_gather_result is not None:
+            group.wait_for_unshard()
+        group._to_sharded()
+
+    def running() -> bool:
+        return group.is_unsharded and group._training_state.name == "FORWARD"
+
+    return _Group(running, scatter, part.unshard)
+
+
+def _fsdp1_group(part: Any) -> _Group:
+    from torch.distributed.fsdp import _runtime_utils
+
+    handle = part._handle
+
+    def running() -> bool:
+        return handle._training_state.name == "FORWARD"
+
+    def scatter() -> None:
+        if handle.uses_sharded_strategy:
+            _runtime_utils._reshard(part, handle, True)
+
+    def gather() -> None:
+        # FSDP1's full parameters are views of the flat one with a graph: in training that graph is needed.
+        with torch.enable_grad():
+            _runtime_utils._unshard(part, handle, part._unshard_stream, part._pre_unshard_stream)
+        part._device_handle.current_stream().wait_stream(part._unshard_stream)
+
+    return _Group(running, scatter, gather)
+
+
+class _FlatLayout:
+    """Where one original parameter lies in the flat parameter of FSDP1: ranks hold consecutive pieces of it."""
+
+    def __init__(self, handle: Any, index: int) -> None:
+        self.shape = torch.Size(handle.flat_param._shapes[index])
+        self._group = handle.process_group
+        self._info = handle.flat_param._shard_param_infos[index]
+
+    def whole(self, shard: Tensor) -> Tensor:
+        sizes: list[Any] = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(sizes, shard.numel(), group=self._group)
+        if sum(sizes) != self.shape.numel():  # every rank holds all of it (`NO_SHARD`)
+            return shard.view(self.shape)
+        padded = shard.new_zeros(max(sizes))
+        padded[: shard.numel()] = shard.flatten()
+        pieces = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(pieces, padded, group=self._group)
+        return torch.cat([piece[:size] for piece, size in zip(pieces, sizes, strict=True)]).view(self.shape)
+
+    def part(self, full: Tensor) -> Tensor:
+        if not self._info.in_shard:
+            return full.new_empty(0)
+        return full.flatten()[self._info.intra_param_start_idx : self._info.intra_param_end_idx + 1]
+
+
+def _flat_layouts(module: nn.Module) -> dict[int, _FlatLayout]:
+    layouts = {}
+    for part in module.modules():
+        handle = getattr(part, "_handle", None) if type(part).__name__ == "FullyShardedDataParallel" else None
+        if handle is not None and handle.uses_sharded_strategy:
+            for index, parameter in enumerate(handle.flat_param._params or ()):
+                layouts[id(parameter)] = _FlatLayout(handle, index)
+    return layouts

@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Look into a checkpoint before Lightning restores it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+
+def peek_callback_state(trainer: pl.Trainer, state_key: str) -> dict[str, Any] | None:
+    """The state that the checkpoint about to be restored holds for one callback, or None.
+
+    Lightning restores callbacks after ``setup``, but what a callback changes in the model before sharding (a new
+    adapter for task 3) must follow the checkpoint. Tensors stay on disk.
+    """
+    if trainer.ckpt_path is None:
+        return None
+    path = Path(str(trainer.ckpt_path))
+    if path.is_dir():
+        # Lightning's sharded checkpoints keep everything but weights and optimizer in this file.
+        path = path / "meta.pt"
+    if not path.is_file():
+        return None
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return checkpoint.get("callbacks", {}).get(state_key)
