@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Threshold-based margin on activation states (GeRe, Zhang et al., arXiv 2508.04676), with the states in 2 bits each."""
+"""Threshold-based margin on activation states (GeRe, arXiv 2508.04676), with the states in 2 bits each."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import repeat
 from typing import Literal
 
@@ -154,13 +154,14 @@ def activation_thresholds(
     """
     check_num_std(num_std)
     chunks = [hidden] if isinstance(hidden, Tensor) else hidden
-    masks = repeat(None) if mask is None else [mask] if isinstance(mask, Tensor) else iter(mask)
+    masks: Iterator[Tensor | None]
+    masks = repeat(None) if mask is None else iter([mask] if isinstance(mask, Tensor) else mask)
     moments = None
     for chunk in chunks:
         if moments is None:
             moments = ActivationMoments(chunk.shape[-1], chunk.device)
         try:
-            chunk_mask = next(masks)  # type: ignore[call-overload]
+            chunk_mask = next(masks)
         except StopIteration:
             raise ValueError("`mask` has fewer chunks than `hidden`. Pass one mask a chunk, or None.") from None
         moments.update(chunk, chunk_mask)
@@ -336,14 +337,14 @@ def feature_imitation_loss(
         )
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     target = reference.detach().to(dtype)
-    difference = hidden.to(dtype) - target
-    distance = difference.abs() if kind == "l1" else difference.square()
     keep = torch.isfinite(target)
     counted = torch.ones_like(keep)
     if mask is not None:
         counted = entry_mask(mask, hidden).expand(hidden.shape)
         keep = keep & counted
-    total = torch.where(keep, distance, 0.0).sum()
+    # selected before the distance is taken: the slope of |NaN| is NaN, and 0 times that would be too
+    difference = torch.where(keep, hidden.to(dtype) - target, 0.0)
+    total = (difference.abs() if kind == "l1" else difference.square()).sum()
     return total if reduction == "sum" else total / counted.sum().clamp_min(1).to(dtype)
 
 
@@ -368,8 +369,8 @@ def entry_mask(mask: Tensor, hidden: Tensor) -> Tensor:
 def _thresholds_like(hidden: Tensor, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
     if lower.shape != hidden.shape[-1:] or upper.shape != hidden.shape[-1:]:
         raise ValueError(
-            f"`lower` {tuple(lower.shape)} and `upper` {tuple(upper.shape)} must both be {tuple(hidden.shape[-1:])}, one"
-            f" threshold a dimension of `hidden` {tuple(hidden.shape)}."
+            f"`lower` {tuple(lower.shape)} and `upper` {tuple(upper.shape)} must both be {tuple(hidden.shape[-1:])},"
+            f" one threshold a dimension of `hidden` {tuple(hidden.shape)}."
         )
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     return lower.to(hidden.device, dtype), upper.to(hidden.device, dtype)
