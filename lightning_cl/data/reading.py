@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import Dataset, IterableDataset
 
 from lightning_cl.data.errors import DataError
@@ -210,14 +211,21 @@ def _hub_rows(dataset: Any, name: str) -> Any:
     if len(dataset) == 0:
         raise DataError(f"{name}: no rows. A task needs at least one row: check the file, the split or the filter.")
     columns = list(dataset.column_names)
-    if "input_ids" in columns:
-        return dataset
-    if example_kind(dict.fromkeys(columns, "")) is None:
+    kind = example_kind(dict.fromkeys(columns, ""))
+    if kind is None:
+        if not any(getattr(feature, "dtype", None) in ("string", "large_string") for feature in dataset.features.values()):
+            return dataset  # token ids, images, numbers: rows for the user's own module
         raise DataError(
             f"{name}: found the columns {columns}, but rows need `text`, or `prompt` and `answer` (and maybe `options`), "
             "or `messages`. Rename the columns (`dataset.rename_column`) and give the dataset object."
         )
-    return clean_examples(_plain(dataset), name)
+    if kind != "text":
+        return clean_examples(_plain(dataset), name)
+    # Public text sets keep a document's empty lines as rows of their own.
+    rows = [row for row in _plain(dataset) if isinstance(row["text"], str) and row["text"].strip()]
+    if len(rows) < len(dataset):
+        rank_zero_warn(f"{name}: {len(dataset) - len(rows)} of {len(dataset)} rows hold no text and are left out.")
+    return clean_examples(rows, name)
 
 
 def _plain(dataset: Any) -> Iterable[Any]:

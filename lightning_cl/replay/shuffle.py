@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from lightning_cl.distributed import gather_objects, rank, world_size
+
 _MASK = (1 << 64) - 1
 
 
@@ -36,8 +38,8 @@ def permuted(index: int, n: int, key: int) -> int:
 class ShuffledWalk:
     """Draws every one of ``n`` items once before any a second time, in an order that depends on the seed alone.
 
-    The ranks of a run share one walk: rank ``r`` of ``w`` takes the ``r``-th part of each draw, so that together they
-    see each item equally often, whatever their number, and a restart needs only :attr:`position`.
+    The ranks of a run share one walk: rank ``r`` of ``w`` takes every ``w``-th step of it, so that together they see
+    each item equally often, whatever their number, and none needs to know what the others have drawn.
 
     Example:
         >>> walk = ShuffledWalk(seed=0)
@@ -47,7 +49,7 @@ class ShuffledWalk:
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
-        self.position = 0
+        self._steps = 0
         self._n = 0
         self._passes_before = 0
 
@@ -55,26 +57,29 @@ class ShuffledWalk:
         """This rank's next ``count`` indices below ``n``.
 
         Args:
-            count: how many this rank takes; all ranks take as many.
-            n: number of items; when it changes, a new pass begins.
+            count: how many this rank takes.
+            n: number of items; when it changes, a new order begins.
             rank: this rank.
             world_size: how many ranks draw.
         """
         if n != self._n:
-            self._passes_before += -(-self.position // self._n) if self._n else 0
-            self._n, self.position = n, 0
-        first = self.position + rank * count
-        self.position += count * world_size
+            # Only `n` may decide this, which all ranks share: how far each has walked may differ by a few steps.
+            self._passes_before = _mix(self._passes_before + self._n)
+            self._n, self._steps = n, 0
+        first, self._steps = self._steps, self._steps + count
         drawn = []
-        for place in range(first, first + count):
-            cycle, offset = divmod(place, n)
-            drawn.append(permuted(offset, n, _mix(self._seed ^ _mix(self._passes_before + cycle))))
+        for step in range(first, self._steps):
+            turn, offset = divmod(step * world_size + rank, n)
+            drawn.append(permuted(offset, n, _mix(self._seed ^ _mix(self._passes_before + turn))))
         return drawn
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, as plain integers."""
-        return {"position": self.position, "n": self._n, "passes_before": self._passes_before}
+        """The positions of all ranks, as plain integers; called on every rank."""
+        return {"steps": gather_objects(self._steps), "n": self._n, "passes_before": self._passes_before}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take :meth:`state_dict` back."""
-        self.position, self._n, self._passes_before = state["position"], state["n"], state["passes_before"]
+        """Go on where the ranks of the saved run stood, also with another number of ranks."""
+        steps, ranks = state["steps"], world_size()
+        same = len(steps) == ranks
+        self._steps = steps[rank()] if same else -(-sum(steps) // ranks)
+        self._n, self._passes_before = state["n"], state["passes_before"]
