@@ -188,7 +188,9 @@ def gather(
     return whole
 
 
-def scatter(module: nn.Module, whole: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+def scatter(
+    module: nn.Module, whole: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]
+) -> dict[str, Tensor]:
     """This rank's shards of whole tensors, on the parameters' devices, in the tensors' own dtype; no communication.
 
     Raises:
