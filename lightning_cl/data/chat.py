@@ -74,9 +74,10 @@ class ChatRenderer:
         return Rendered(text, tuple(spans), self._cut(text, messages, spans[-1][0]))
 
     def render_prompt(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> Rendered:
-        """The conversation before an answer, with the header that asks for it; nothing in it is learned."""
-        text = self._apply(messages, tools, add_generation_prompt=True) + self._lead_in(messages, tools)
-        return Rendered(text, (), self._cut(text, messages, len(text)))
+        """The conversation before an answer, up to where the words of an answer begin; nothing in it is learned."""
+        rendered = self.render([*messages, {"role": "assistant", "content": "answer"}], tools)
+        text = rendered.text[: rendered.learned[-1][0]]
+        return Rendered(text, (), rendered.cut)
 
     def end_of_turn(self) -> str:
         """What the template writes after an assistant's words: its end-of-turn token, or the tokenizer's EOS."""
@@ -95,15 +96,6 @@ class ChatRenderer:
             raise DataError(
                 f"the chat template refuses a conversation with the roles {roles} ({type(error).__name__}: {error})"
             ) from error
-
-    def _lead_in(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> str:
-        """What the template writes between the header and the words of an answer to this prompt."""
-        prompt = self._apply(messages, tools, add_generation_prompt=True)
-        text = self._apply([*messages, {"role": "assistant", "content": "answer"}], tools)
-        if text.startswith(prompt):
-            tail = text[len(prompt) :]
-            return tail[: tail.rindex("answer")]
-        return ""
 
     def _span_by_prefix(
         self, text: str, messages: Sequence[Message], tools: Sequence[Any] | None, turn: int
