@@ -183,11 +183,6 @@ class Attachment:
         """Replay rows (of these sources; default: all) carry no labels, so that the module's own loss ignores them."""
         self._joiner.unlabelled_sources.append(None if sources is None else frozenset(sources))
 
-    @property
-    def has_rows(self) -> bool:
-        """Whether any callback adds replay rows in this fit."""
-        return bool(self._joiner.providers)
-
     @functools.cached_property
     def network_name(self) -> str:
         """Dotted name of :attr:`network` inside the module."""
@@ -197,6 +192,10 @@ class Attachment:
     def network(self) -> nn.Module:
         """The network: for Hugging Face models the backbone, so that a reference pass computes no logits."""
         return anatomy.find_backbone(self.module)[1]
+
+    @functools.cached_property
+    def _network_modules(self) -> list[nn.Module]:
+        return list(self.network.modules())
 
     def check_finite(self) -> None:
         """Raise now if a term of an earlier step was not finite (on a GPU that is known one step late)."""
@@ -346,10 +345,11 @@ class Attachment:
         if reduced is None:
             return
         self._in_reference = True
-        modules = [part for part in network.modules() if part.training]
+        # Through `__dict__`, since `nn.Module.__setattr__` on a thousand modules would cost more than the hooks.
+        modules = [part for part in self._network_modules if part.training]
         try:
             for part in modules:
-                part.training = False
+                part.__dict__["training"] = False
             for key, swap in self._references.items():
                 raw: dict[str, Any] = {}
                 self._sink = raw
@@ -361,7 +361,7 @@ class Attachment:
                 step.reference[key] = self._selected(step.replay.alone(), raw)
         finally:
             for part in modules:
-                part.training = True
+                part.__dict__["training"] = True
             self._in_reference = False
             self._sink = outer
 
@@ -433,5 +433,6 @@ def _silent(module: pl.LightningModule) -> Any:
 
 def _is_compiled(module: nn.Module) -> bool:
     return any(
-        getattr(part, "_compiled_call_impl", None) is not None or hasattr(part, "_orig_mod") for part in module.modules()
+        getattr(part, "_compiled_call_impl", None) is not None or hasattr(part, "_orig_mod")
+        for part in module.modules()
     )

@@ -18,7 +18,13 @@ import torch
 torch.set_num_threads(1)
 
 # Set by libraries as they work, and harmless to the next test.
-_MAY_CHANGE = {"PYTEST_CURRENT_TEST", "PL_GLOBAL_SEED", "PL_SEED_WORKERS", "KINETO_LOG_LEVEL", "TORCHINDUCTOR_CACHE_DIR"}
+_MAY_CHANGE = {
+    "PYTEST_CURRENT_TEST",
+    "PL_GLOBAL_SEED",
+    "PL_SEED_WORKERS",
+    "KINETO_LOG_LEVEL",
+    "TORCHINDUCTOR_CACHE_DIR",
+}
 
 
 @pytest.fixture(autouse=True)

@@ -45,6 +45,8 @@ class ContinualCallback(Callback):
 
     #: Which ``manual_backward`` of a ``training_step`` takes the added loss terms, under manual optimization.
     loss_index: int = 0
+    #: Whether the callback brings replay rows into the training batches.
+    adds_replay_rows: bool = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,6 +75,18 @@ class ContinualCallback(Callback):
 
     def on_task_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called when the task's training has ended (not when it was interrupted)."""
+
+    def require_replay_rows(self, trainer: pl.Trainer) -> None:
+        """Refuse a run without replay rows; for callbacks whose method works on them, in :meth:`prepare_task`.
+
+        Raises:
+            MisconfigurationException: naming the callback to add.
+        """
+        if not any(getattr(callback, "adds_replay_rows", False) for callback in trainer.callbacks):
+            raise MisconfigurationException(
+                f"`{type(self).__name__}` works on replay rows, and no callback of this Trainer adds any. Add"
+                " `ReplayMixer(GeneralSamples(...))` (or another source) to `callbacks`."
+            )
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

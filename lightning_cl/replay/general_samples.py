@@ -82,7 +82,11 @@ class GeneralSamples(ReplaySource):
             MisconfigurationException: if there is none.
         """
         datamodule = getattr(trainer, "datamodule", None)
-        for tokenizer in (self.tokenizer, getattr(pl_module, "tokenizer", None), getattr(datamodule, "tokenizer", None)):
+        for tokenizer in (
+            self.tokenizer,
+            getattr(pl_module, "tokenizer", None),
+            getattr(datamodule, "tokenizer", None),
+        ):
             if isinstance(tokenizer, str):
                 from transformers import AutoTokenizer
 
@@ -134,7 +138,9 @@ class GeneralSamples(ReplaySource):
 
     def _content(self, sample: Any) -> dict[str, Any]:
         if isinstance(sample, Mapping) and "input_ids" in sample:
-            content = {k: torch.as_tensor(v) for k, v in sample.items() if k in ("input_ids", "attention_mask", "labels")}
+            content = {
+                k: torch.as_tensor(v) for k, v in sample.items() if k in ("input_ids", "attention_mask", "labels")
+            }
             return {k: v[: self.max_tokens] for k, v in content.items()}
         if not _is_text(sample):
             return split_rows(layout_of(torch.utils.data.default_collate([sample])))[0].content
@@ -157,7 +163,9 @@ class GeneralSamples(ReplaySource):
 def _is_text(sample: Any) -> bool:
     if isinstance(sample, str):
         return True
-    return isinstance(sample, Mapping) and bool({"text", "prompt", "messages"} & set(sample)) and "input_ids" not in sample
+    return (
+        isinstance(sample, Mapping) and bool({"text", "prompt", "messages"} & set(sample)) and "input_ids" not in sample
+    )
 
 
 def _read(data: Any) -> Sequence[Any]:

@@ -124,9 +124,10 @@ class Joiner:
         Raises:
             MisconfigurationException: with the settings and the ways out.
         """
-        if len({p.layout for p in self.providers} - {"auto"}) > 1 or len(
-            {p.task_weight for p in self.providers} - {None}
-        ) > 1:
+        if (
+            len({p.layout for p in self.providers} - {"auto"}) > 1
+            or len({p.task_weight for p in self.providers} - {None}) > 1
+        ):
             raise MisconfigurationException(
                 "Several `ReplayMixer`s ask for different `layout` or `task_weight`:"
                 f" {[(p.layout, p.task_weight) for p in self.providers]}. All rows of a step share one loss: give both to"
@@ -199,7 +200,7 @@ class Joiner:
         if not has_labels:
             raise MisconfigurationException(
                 "Replay rows shall carry no labels (they are distilled), but the batch has no key `labels` to leave out:"
-                f" it has {list(layout.leaves)}. Use `ReplayMixer(layout=\"separate\")`, whose replay loss is dropped, with"
+                f' it has {list(layout.leaves)}. Use `ReplayMixer(layout="separate")`, whose replay loss is dropped, with'
                 " all rows distilled."
             )
         labels = torch.full_like(row.content["input_ids"], IGNORED_LABEL)

@@ -230,7 +230,9 @@ def join_packed(layout: BatchLayout, rows: Sequence[Row]) -> Any:
             ends = torch.tensor(added, device=device).cumsum(0).to(leaf.dtype)
             leaves[path] = torch.cat([leaf, ends + leaf[-1]])
         elif key in _LONGEST:
-            leaves[path] = type(leaf)(max(int(leaf), *added)) if not isinstance(leaf, Tensor) else leaf.clamp_min(max(added))
+            leaves[path] = (
+                type(leaf)(max(int(leaf), *added)) if not isinstance(leaf, Tensor) else leaf.clamp_min(max(added))
+            )
         elif key == "position_ids":
             tail = torch.cat([torch.arange(n, device=device) for n in added]).to(leaf.dtype)
             leaves[path] = torch.cat([leaf, tail[None]], dim=1)
