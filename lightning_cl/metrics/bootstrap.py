@@ -60,15 +60,15 @@ def bootstrap_interval(
     Example:
         >>> low, high = bootstrap_interval([1.0] * 80 + [0.0] * 20)
         >>> round(low, 2), round(high, 2)
-        (0.72, 0.87)
+        (0.72, 0.88)
     """
     rows = torch.as_tensor(scores, dtype=torch.float64).flatten()
     if rows.numel() == 0:
         raise ValueError("`bootstrap_interval` got no scores. Pass one score for each test row.")
     if not bool(torch.isfinite(rows).all()):
         raise ValueError(
-            f"`bootstrap_interval` got {int((~torch.isfinite(rows)).sum())} scores that are not finite among {rows.numel()}."
-            " Leave those rows out and say so, or repair the metric."
+            f"`bootstrap_interval` got {int((~torch.isfinite(rows)).sum())} scores that are not finite among"
+            f" {rows.numel()}. Leave those rows out and say so, or repair the metric."
         )
     if not 0.0 < level < 1.0:
         raise ValueError(f"`bootstrap_interval(level={level})`: the level is a share between 0 and 1, such as 0.95.")
@@ -79,5 +79,6 @@ def bootstrap_interval(
 def ends(samples: Tensor, level: float = 0.95) -> tuple[float, float]:
     """The quantiles that leave the same share of the samples outside on both sides."""
     tail = (1.0 - level) / 2.0
-    low, high = torch.quantile(samples.to(torch.float64), torch.tensor([tail, 1.0 - tail], dtype=torch.float64)).tolist()
+    at = torch.tensor([tail, 1.0 - tail], dtype=torch.float64)
+    low, high = torch.quantile(samples.to(torch.float64), at).tolist()
     return low, high

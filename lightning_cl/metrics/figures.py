@@ -32,7 +32,7 @@ def backward_transfer(scores: Tensor) -> Tensor:
 
 
 def forward_transfer(scores: Tensor) -> Tensor:
-    """What earlier tasks did for later ones: mean_{j>=1} (R[j-1, j] - R[-1, j]) (Lopez-Paz and Ranzato, 2017, eq. 3)."""
+    """What earlier tasks did for later ones: mean_{j>=1} (R[j-1, j] - R[-1, j]) (ibid., eq. 3)."""
     before = torch.diagonal(scores[..., 1:-1, 1:], dim1=-2, dim2=-1)
     return (before - scores[..., 0, 1:]).mean(-1)
 
@@ -48,7 +48,7 @@ def forgetting(scores: Tensor) -> Tensor:
 
 
 def intransigence(scores: Tensor, reference: Tensor) -> Tensor:
-    """Inability to learn: mean_j (reference_j - R[j, j]) (Chaudhry et al., 2018, eq. 7), over the tasks with a reference.
+    """Inability to learn: mean_j (reference_j - R[j, j]), tasks with a reference only (Chaudhry et al., 2018, eq. 7).
 
     Args:
         scores: the matrix.
