@@ -60,7 +60,7 @@ def content_id(content: Mapping[str, Any]) -> str:
         digest.update(path.encode())
         if isinstance(value, Tensor):
             digest.update(str((value.dtype, tuple(value.shape))).encode())
-            digest.update(value.detach().contiguous().view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+            digest.update(value.detach().reshape(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b"")
         else:
             digest.update(repr(value).encode())
     return digest.hexdigest()
