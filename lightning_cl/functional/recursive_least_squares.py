@@ -254,24 +254,30 @@ class RecursiveLeastSquares:
         ``N * RSS / (N - tr H)^2``, where ``RSS`` is the squared residual and ``H`` the hat matrix.
 
         Args:
-            ridges: Ridges to try; a ridge whose factorisation fails gets infinity.
+            ridges: Ridges to try.
 
         Returns:
-            ``[len(ridges)]`` float64 mean squared errors, on the CPU.
+            ``[len(ridges)]`` float64 mean squared errors, on the CPU; infinity where nothing is left to judge by.
         """
+        ridges = [_checked_ridge(ridge) for ridge in ridges]
         rows = float(self._counts.sum())
-        gram, cross = self.gram, self.cross
+        if rows == 0:
+            return torch.full((len(ridges),), math.inf, dtype=torch.float64)
+        # One decomposition serves every ridge: in the eigenbasis both residual and trace are sums over eigenvalues.
+        values, vectors = torch.linalg.eigh(self.gram)
+        energy = (vectors.T @ self.cross).square().sum(dim=1).double().cpu()
+        values = values.double().cpu().clamp_min(0)
+        real = values > values.max() * self.in_features * torch.finfo(self.dtype).eps
+        energy = torch.where(real, energy / values.where(real, torch.ones_like(values)), 0.0)
+        # What no solution can explain. Labels are one-hot, so their squares sum to the number of rows.
+        unexplained = max(rows - float(energy.sum()), 0.0)
+        unexplained = unexplained if unexplained > 1e-10 * rows else 0.0
         errors = []
-        for ridge in map(_checked_ridge, ridges):
-            factor = _try_factor(gram, ridge)
-            if factor is None or rows == 0:
-                errors.append(math.inf)
-                continue
-            weight = torch.cholesky_solve(cross, factor)
-            # Labels are one-hot, so their squares sum to the number of rows. A W = C - ridge W shortens the residual.
-            residual = rows - float((weight * cross).sum()) - ridge * float(weight.square().sum())
-            free = rows - (self.in_features - ridge * _inverse_trace(factor))
-            errors.append(rows * max(residual, 0.0) / free**2 if free > 1e-6 * rows else math.inf)
+        for ridge in ridges:
+            kept = values / (values + ridge)
+            residual = unexplained + float((energy * (1 - kept).square()).sum())
+            free = rows - float(kept.sum())
+            errors.append(rows * residual / free**2 if free > 1e-9 * rows else math.inf)
         return torch.tensor(errors, dtype=torch.float64)
 
     def leave_one_out(self, features: Tensor, labels: Tensor, ridges: Sequence[float]) -> Tensor:
@@ -325,14 +331,14 @@ class RecursiveLeastSquares:
             errors = self.leave_one_out(features, labels, ridges)
         else:
             errors = self.generalized_cross_validation(ridges)
-        best = int(errors.argmin())
-        if not math.isfinite(float(errors[best])):
-            raise ValueError(
-                f"No ridge of {list(ridges)} gives a finite leave-one-out error: each is too small for the features. "
-                "Pass larger `ridges`, or leave `ridges=None`."
-            )
-        self.ridge = float(ridges[best])
-        return self._ridge
+        for best in errors.argsort(stable=True).tolist():
+            if math.isfinite(float(errors[best])) and _try_factor(self._matrix, float(ridges[best])) is not None:
+                self.ridge = float(ridges[best])
+                return self._ridge
+        raise ValueError(
+            f"No ridge of {list(ridges)} gives a finite leave-one-out error and can be factorised in {self.dtype}. "
+            "Pass larger `ridges`, or leave `ridges=None`."
+        )
 
     # ------------------------------------------------------------------ state
 
@@ -505,17 +511,6 @@ def _try_factor(matrix: Tensor, ridge: float) -> Tensor | None:
     system.diagonal().add_(ridge)
     factor, info = torch.linalg.cholesky_ex(system)
     return factor if int(info) == 0 and bool(torch.isfinite(factor.diagonal()).all()) else None
-
-
-def _inverse_trace(factor: Tensor, width: int = 512) -> float:
-    """Trace of ``(L L^T)^-1``: the squared entries of ``L^-1``, a block of columns at a time."""
-    total, size = 0.0, factor.shape[0]
-    for start in range(0, size, width):
-        corner = factor[start:, start:]
-        columns = torch.zeros(corner.shape[0], min(width, corner.shape[0]), dtype=factor.dtype, device=factor.device)
-        columns.diagonal().fill_(1.0)
-        total += float(torch.linalg.solve_triangular(corner, columns, upper=False).square().sum())
-    return total
 
 
 def _mirrored(matrix: Tensor) -> Tensor:

@@ -176,6 +176,18 @@ def test_generalized_cross_validation_is_its_formula_and_needs_no_rows():
     np.testing.assert_allclose(learner.generalized_cross_validation(ridges).numpy(), expected, rtol=1e-9)
 
 
+def test_generalized_cross_validation_with_fewer_rows_than_features_is_its_formula():
+    features, labels = problem(rows=10, width=30, classes=3)
+    learner = RecursiveLeastSquares(30)
+    learner.update(features, labels)
+    x, y = features.numpy(), np.eye(3)[labels.numpy()]
+    ridges = [1e-3, 1.0, 100.0]
+    hats = [x @ np.linalg.solve(x.T @ x + ridge * np.eye(30), x.T) for ridge in ridges]
+    expected = [10 * np.sum((y - hat @ y) ** 2) / (10 - np.trace(hat)) ** 2 for hat in hats]
+    np.testing.assert_allclose(learner.generalized_cross_validation(ridges).numpy(), expected, rtol=1e-6)
+    assert float(RecursiveLeastSquares(30).generalized_cross_validation([1.0])[0]) == math.inf
+
+
 def test_choose_ridge_takes_the_best_of_the_grid_and_resolves():
     generator = torch.Generator().manual_seed(3)
     features = torch.randn(40, 30, generator=generator, dtype=torch.float64)
@@ -209,8 +221,7 @@ def test_failed_factorisation_names_a_ridge_that_works():
         _ = learner.weight
     learner.ridge = float(str(caught.value).split("Use `ridge=")[1].split("`")[0])
     assert bool(torch.isfinite(learner.weight).all())
-    assert float(learner.generalized_cross_validation([1e-3])[0]) == math.inf
-    with pytest.raises(ValueError, match="No ridge of .* gives a finite leave-one-out error"):
+    with pytest.raises(ValueError, match=r"No ridge of .* gives a finite leave-one-out error"):
         learner.choose_ridge([1e-3])
 
 
@@ -279,11 +290,11 @@ def test_other_misuse_is_refused():
     learner, recursion = RecursiveLeastSquares(4), RecursiveLeastSquares(4, method="woodbury")
     for one in (learner, recursion):
         one.update(torch.eye(4), torch.tensor([0, 1, 2, 3]))
-    with pytest.raises(ValueError, match="cannot change it. Use `method='cholesky'`"):
+    with pytest.raises(ValueError, match=r"cannot change it\. Use `method='cholesky'`"):
         recursion.ridge = 2.0
     with pytest.raises(ValueError, match="`in_features=5` into `in_features=4`"):
         learner.merge(RecursiveLeastSquares(5))
-    with pytest.raises(ValueError, match="`ridge=2.0` into `ridge=1.0`"):
+    with pytest.raises(ValueError, match=r"`ridge=2.0` into `ridge=1.0`"):
         recursion.merge(RecursiveLeastSquares(4, ridge=2.0, method="woodbury"))
     with pytest.raises(ValueError, match="Cannot take out 2 rows of label 1: only 1 were seen"):
         learner.downdate(torch.eye(4)[:2], torch.tensor([1, 1]))

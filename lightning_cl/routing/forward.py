@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Routing inside the forward pass that is running anyway: features at one layer choose the adapters of the layers above."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_cl import anatomy
+from lightning_cl.routing.adapters import AdapterBank
+from lightning_cl.routing.features import pool, prompt_mask
+from lightning_cl.routing.router import AnalyticRouter, Routes
+
+__all__ = ["RoutedForward"]
+
+
+@dataclass
+class _Call:
+    """What is known of the call of the network that runs now."""
+
+    arguments: dict[str, Any] = field(default_factory=dict)
+    depth: int = 0
+    done: bool = False
+
+    @property
+    def cached_tokens(self) -> int:
+        cache: Any = self.arguments.get("past_key_values")
+        return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+
+
+class RoutedForward:
+    """Hooks that route each sample of a batch to its adapter, in every forward pass and in ``generate``.
+
+    At the feature layer the prompt's hidden states are pooled and routed; each LoRA layer above then runs with the
+    adapters of the routes (PEFT's mixed-batch path). Decode steps of a generation keep the routes of its prompt. It
+    acts in evaluation mode only; in training the active adapter runs, as without it.
+
+    Args:
+        module: The LightningModule or network.
+        feature_layer: Dotted name of the feature layer inside ``module``.
+        bank: The adapters; None for a module without LoRA layers, whose routes are only reported.
+
+    Attributes:
+        router: The fitted router; None: nothing is routed.
+        enabled: Whether to route in evaluation mode.
+        last: Routes of the last pass that was routed.
+        labels: Labels of the batch that an evaluation loop is about to run, so that a module which computes its loss
+            itself is routed by its prompts, too.
+        on_routes: Called with the routes of each pass.
+        on_hidden: Called with the feature layer's output and the arguments of the call, in every pass (training too).
+    """
+
+    def __init__(self, module: nn.Module, feature_layer: str, bank: AdapterBank | None = None) -> None:
+        self.module = module
+        self.feature_layer = feature_layer
+        self.bank = bank
+        self.router: AnalyticRouter | None = None
+        self.enabled = True
+        self.last: Routes | None = None
+        self.labels: Tensor | None = None
+        self.on_routes: Callable[[Routes], None] | None = None
+        self.on_hidden: Callable[[Tensor, dict[str, Any]], None] | None = None
+        self._given: list[str] | str | None = None
+        self._names: list[str] | None = None
+        self._call: _Call | None = None
+        self._generating = 0
+        self._kept: list[str] | None = None
+        self._undo: list[Callable[[], None]] = []
+
+    # ------------------------------------------------------------------ life
+
+    def attach(self) -> RoutedForward:
+        """Put the hooks in place; a second call does nothing."""
+        if self._undo:
+            return self
+        compiled = any(
+            getattr(part, "_compiled_call_impl", None) is not None or hasattr(part, "_orig_mod")
+            for part in self.module.modules()
+        )
+        # Dynamo would trace hooks into the graph, where a Python list of routes cannot be read.
+        outside: Callable[[Any], Any] = torch._dynamo.disable if compiled else (lambda hook: hook)
+        backbone = anatomy.find_backbone(self.module)[1]
+        callables = [anatomy.peft_model(self.module), anatomy.pretrained_model(self.module), backbone]
+        for part in {id(p): p for p in callables if p is not None}.values():
+            names = list(inspect.signature(part.forward).parameters)
+            self._keep(part.register_forward_pre_hook(outside(functools.partial(self._enter, names)), with_kwargs=True))
+            self._keep(part.register_forward_hook(outside(self._leave), always_call=True))
+            if callable(getattr(part, "generate", None)):
+                self._wrap_generate(part)
+        layer = anatomy.get_submodule(self.module, self.feature_layer)
+        self._keep(layer.register_forward_hook(outside(self._at_feature_layer)))
+        if self.bank is not None:
+            above = set(self.bank.layers)
+            root = self.bank.model.base_model.model
+            for name, part in root.named_modules():
+                if name in above:
+                    self._keep(part.register_forward_pre_hook(outside(self._at_adapter_layer), with_kwargs=True))
+        if compiled:
+            torch.compiler.reset()  # code compiled before the hooks would silently go on without them
+        return self
+
+    def detach(self) -> None:
+        """Leave the module as it was."""
+        for undo in reversed(self._undo):
+            undo()
+        self._undo.clear()
+
+    @property
+    def attached(self) -> bool:
+        """Whether the hooks are in place."""
+        return bool(self._undo)
+
+    @contextmanager
+    def given(self, adapters: Sequence[str] | str | None) -> Iterator[None]:
+        """Use these adapters instead of the router's: one name a sample, one for all, or None for the router's again.
+
+        ``"__base__"`` is the base model.
+        """
+        before, self._given = self._given, adapters if isinstance(adapters, str) or adapters is None else list(adapters)
+        try:
+            yield
+        finally:
+            self._given = before
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """No routing: the active adapter answers."""
+        before, self.enabled = self.enabled, False
+        try:
+            yield
+        finally:
+            self.enabled = before
+
+    # ------------------------------------------------------------------ hooks
+
+    def _enter(self, names: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._call is None:
+            self._call = _Call()
+            self._names = None
+        call = self._call
+        call.depth += 1
+        # The outer model sees the labels, the backbone the cache: the first to know a value keeps it.
+        for name, value in [*zip(names, args, strict=False), *kwargs.items()]:
+            if value is not None:
+                call.arguments.setdefault(name, value)
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._call is not None:
+            self._call.depth -= 1
+            if self._call.depth <= 0:
+                self._call = None
+
+    def _at_feature_layer(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        hidden = output[0] if isinstance(output, (tuple, list)) else getattr(output, "last_hidden_state", output)
+        call = self._call if self._call is not None else _Call()
+        if self.on_hidden is not None:
+            self.on_hidden(hidden, call.arguments)
+        if not self.enabled or self.module.training or (call.done and self._call is not None):
+            return
+        call.done = True
+        self._names = self._adapters(hidden, call)
+        if self._names is not None and self.bank is not None:
+            self.bank.fetch(name for name in set(self._names))
+
+    def _adapters(self, hidden: Tensor, call: _Call) -> list[str] | None:
+        rows = hidden.shape[0]
+        if self._given is not None:
+            names = [self._given] if isinstance(self._given, str) else self._given
+            if not names or rows % len(names):
+                raise ValueError(
+                    f"{len(names)} adapters were given for a batch of {rows} samples. Give one name a sample, or one name"
+                    " for all."
+                )
+            return _repeated(names, rows)
+        if self.router is None:
+            return None
+        decoding = self._generating > 0 or call.cached_tokens > 0
+        if decoding and self._kept and rows % len(self._kept) == 0:
+            return _repeated(self._kept, rows)
+        self.last = self.router.route(pool(hidden, self._prompt(hidden, call.arguments)))
+        self._kept = self.last.adapters
+        if self.on_routes is not None:
+            self.on_routes(self.last)
+        return self.last.adapters
+
+    def _prompt(self, hidden: Tensor, arguments: dict[str, Any]) -> Tensor | None:
+        if hidden.ndim != 3:
+            return None
+        mask, labels = arguments.get("attention_mask"), arguments.get("labels")
+        if not (isinstance(mask, Tensor) and mask.shape == hidden.shape[:2]):
+            mask = None
+        _refuse_packed(hidden, mask, arguments.get("position_ids"))
+        if labels is None and self.labels is not None and not self._generating:
+            labels = self.labels
+        if not (isinstance(labels, Tensor) and labels.shape == hidden.shape[:2]):
+            labels = None
+        return prompt_mask(mask, labels)
+
+    def _at_adapter_layer(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # A user who names adapters in the call has PEFT's own hook after this one, which wins.
+        if self._names is None or not self.enabled or layer.training:
+            return None
+        return args, {**kwargs, "adapter_names": self._names}
+
+    # ------------------------------------------------------------------ generation
+
+    def _wrap_generate(self, part: Any) -> None:
+        original = part.generate
+        own = vars(part).get("generate")
+
+        @functools.wraps(original)
+        def generate(*args: Any, **kwargs: Any) -> Any:
+            if self._generating == 0:
+                self._kept = None
+            self._generating += 1
+            try:
+                return original(*args, **kwargs)
+            finally:
+                self._generating -= 1
+
+        object.__setattr__(part, "generate", generate)
+
+        def undo() -> None:
+            if own is None:
+                object.__delattr__(part, "generate")
+            else:
+                object.__setattr__(part, "generate", own)
+
+        self._undo.append(undo)
+
+    def _keep(self, handle: Any) -> None:
+        self._undo.append(handle.remove)
+
+
+def _repeated(names: list[str], rows: int) -> list[str]:
+    """One name a row, where generation made several rows (beams) of each sample, next to each other."""
+    return [name for name in names for _ in range(rows // len(names))]
+
+
+def _refuse_packed(hidden: Tensor, mask: Tensor | None, positions: Any) -> None:
+    if not (isinstance(positions, Tensor) and hidden.shape[0] == 1 and positions.shape == hidden.shape[:2]):
+        return
+    starts = positions == 0 if mask is None else (positions == 0) & mask.bool()
+    if int(starts.sum()) > 1:
+        raise ValueError(
+            "The batch packs several samples into one row (`position_ids` start again within it), and one row gets one"
+            " adapter. Evaluate on padded batches: one sample a row."
+        )

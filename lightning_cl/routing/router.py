@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fitted router: from pooled hidden states to one adapter a sample."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from lightning_cl.routing.features import Expansion
+
+__all__ = ["BASE", "AnalyticRouter", "RouteClass", "Routes"]
+
+#: PEFT's name for "no adapter".
+BASE = "__base__"
+_FILE = "router.safetensors"
+
+
+@dataclass(frozen=True)
+class RouteClass:
+    """One column of the router: what it is called, and the adapter that answers for it."""
+
+    name: str
+    adapter: str
+
+
+@dataclass(frozen=True)
+class Routes:
+    """Where the samples of one batch go.
+
+    Attributes:
+        names: class of each sample (a task's name, or ``"general"``).
+        adapters: adapter of each sample; ``"__base__"`` where the base model answers.
+        margin: best minus second best score, ``[B]``.
+        scores: ``[B, K]``; about 1 for the right class and 0 for the others on samples like those of the fit.
+    """
+
+    names: list[str]
+    adapters: list[str]
+    margin: Tensor
+    scores: Tensor
+
+
+class AnalyticRouter:
+    """Routes by ``argmax x W``, where W is the ridge solution on the features of all tasks (arXiv 2503.13575).
+
+    Args:
+        feature_layer: Name of the module whose output is pooled.
+        expansion: The random expansion.
+        classes: One entry a column of ``weight``.
+        weight: ``[E, K]``, from `lightning_cl.functional.RecursiveLeastSquares`.
+        seen: Per column, whether any row was fitted; a column without rows is never chosen. None: all.
+        min_margin: Below this margin the base model answers. None: never.
+
+    Example:
+        >>> router = AnalyticRouter("layer", Expansion(4, 8), [RouteClass("a", "task_0")], torch.ones(8, 1))
+        >>> router.route(torch.ones(2, 4)).adapters
+        ['task_0', 'task_0']
+    """
+
+    def __init__(
+        self,
+        feature_layer: str,
+        expansion: Expansion,
+        classes: Sequence[RouteClass],
+        weight: Tensor,
+        seen: Sequence[bool] | None = None,
+        min_margin: float | None = None,
+    ) -> None:
+        if weight.shape != (expansion.expansion_dim, len(classes)):
+            raise ValueError(
+                f"The router's weight has shape {list(weight.shape)}, but `expansion_dim={expansion.expansion_dim}` with"
+                f" {len(classes)} classes wants [{expansion.expansion_dim}, {len(classes)}]. Pass one column a class."
+            )
+        self.feature_layer = feature_layer
+        self.expansion = expansion
+        self.classes = list(classes)
+        self.weight = weight
+        self.seen = [True] * len(self.classes) if seen is None else list(seen)
+        self.min_margin = min_margin
+
+    @torch.no_grad()
+    def scores(self, pooled: Tensor) -> Tensor:
+        """Scores ``[B, K]`` of pooled hidden states ``[B, D]``; minus infinity for classes without rows."""
+        features = self.expansion(pooled)
+        # Small ridges make large weights that cancel: float64, except on devices that have none.
+        kind = torch.float32 if features.device.type == "mps" else torch.float64
+        if self.weight.device != features.device or self.weight.dtype != kind:
+            self.weight = self.weight.to(features.device, kind)
+        scores = features.to(kind) @ self.weight
+        unseen = torch.tensor([not s for s in self.seen], device=scores.device)
+        return scores.masked_fill(unseen, -torch.inf)
+
+    def route(self, pooled: Tensor) -> Routes:
+        """Choose a class and an adapter for each row of pooled hidden states ``[B, D]``."""
+        scores = self.scores(pooled)
+        best = scores.topk(min(2, scores.shape[1]), dim=1)
+        second = best.values[:, 1] if scores.shape[1] > 1 else torch.zeros_like(best.values[:, 0])
+        # With one class there is nothing to be second: the distance to "not this class", whose score is 0, counts.
+        margin = best.values[:, 0] - second.masked_fill(second == -torch.inf, 0.0)
+        # One transfer for both: this is the only point at which the pass waits for the device.
+        index, margins = torch.stack([best.indices[:, 0].to(margin.dtype), margin]).tolist()
+        chosen = [self.classes[int(i)] for i in index]
+        limit = -torch.inf if self.min_margin is None else self.min_margin
+        adapters = [BASE if m < limit else c.adapter for c, m in zip(chosen, margins, strict=True)]
+        return Routes([c.name for c in chosen], adapters, margin, scores)
+
+    def save(self, folder: str | Path) -> None:
+        """Write one small file, ``router.safetensors``: W and how to rebuild the features."""
+        from safetensors.torch import save_file
+
+        about = {
+            "format": 1,
+            "feature_layer": self.feature_layer,
+            "in_features": self.expansion.in_features,
+            "expansion_dim": self.expansion.expansion_dim,
+            "seed": self.expansion.seed,
+            "fingerprint": self.expansion.fingerprint(),
+            "classes": [[c.name, c.adapter] for c in self.classes],
+            "seen": self.seen,
+            "min_margin": self.min_margin,
+        }
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        weight = self.weight.detach().to("cpu", torch.float64).contiguous()
+        save_file({"weight": weight}, Path(folder) / _FILE, metadata={"router": json.dumps(about)})
+
+    @classmethod
+    def load(cls, folder: str | Path) -> AnalyticRouter:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: If the folder holds no router.
+            MisconfigurationException: If this PyTorch makes other random numbers from the seed.
+        """
+        from safetensors import safe_open
+
+        path = Path(folder) / _FILE
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{str(folder)!r} holds no `{_FILE}`, so there is no router to load. Pass a folder that `save_routed` or"
+                " `RLSRouterFitter.export` wrote."
+            )
+        with safe_open(path, framework="pt") as file:
+            about: dict[str, Any] = json.loads(file.metadata()["router"])
+            weight = file.get_tensor("weight")
+        expansion = Expansion(about["in_features"], about["expansion_dim"], about["seed"])
+        if expansion.fingerprint() != about["fingerprint"]:
+            raise MisconfigurationException(
+                f"`seed={about['seed']}` gives other random numbers here than where {str(folder)!r} was written"
+                f" (PyTorch {torch.__version__}): the router's features would be noise. Use the PyTorch release that"
+                " wrote it, or fit the router anew."
+            )
+        classes = [RouteClass(name, adapter) for name, adapter in about["classes"]]
+        return cls(about["feature_layer"], expansion, classes, weight, about["seen"], about["min_margin"])
