@@ -13,8 +13,8 @@ From a source to batches::
     dataset = EncodedDataset(rows, encoder, "eval", metric="accuracy")
     test = DataLoader(dataset, collate_fn=collate, sampler=EvalSampler(dataset.lengths(), rank, world_size))
 
-Iterable sources take ``EncodedIterableDataset`` in place of ``EncodedDataset``. Rows that are no text (images, token ids)
-pass through all of it unchanged.
+Iterable sources take ``EncodedIterableDataset`` in place of ``EncodedDataset``. Rows that are no text (images, token
+ids) pass through all of it unchanged.
 """
 
 from lightning_cl.data.collating import Collator

@@ -57,7 +57,8 @@ class ChatRenderer:
         turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
         spans: list[Span] = []
         for turn in turns:
-            span = self._span_by_prefix(text, messages, tools, turn) or self._span_by_content(text, messages, tools, turn)
+            span = self._span_by_prefix(text, messages, tools, turn)
+            span = span or self._span_by_content(text, messages, tools, turn)
             if span is None:
                 raise DataError(
                     f"the chat template rewrites turn {turn} ({messages[turn].get('content')!r:.60}) so that it cannot "

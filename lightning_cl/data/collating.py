@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -62,10 +62,10 @@ class Collator:
                 )
         return self._evaluation(rows) if "metric" in first else self._padded(rows, left=False)
 
-    def _padded(self, rows: Sequence[Mapping[str, Any]], left: bool, keys: Sequence[str] | None = None) -> dict[str, Any]:
+    def _padded(self, rows: Sequence[Mapping[str, Any]], left: bool, keys: Iterable[str] = ()) -> dict[str, Any]:
         batch: dict[str, Any] = {}
         lengths = [len(row["input_ids"]) for row in rows]
-        for key in rows[0] if keys is None else keys:
+        for key in keys or rows[0]:
             values = [row[key] for row in rows]
             tensors = [torch.as_tensor(value) for value in values if not isinstance(value, str)]
             if len(tensors) < len(rows):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_cl.data.chat import ChatRenderer, Rendered
+from lightning_cl.data.chat import ChatRenderer, Message, Rendered
 from lightning_cl.data.errors import DataError
 from lightning_cl.data.examples import Example, clean_example, metric_problem
 
@@ -35,9 +35,9 @@ class Encoder:
     none. A row is tokenized as a whole and split at the answer, so that training, option scoring and generation see the
     same prompt tokens.
 
-    **Rows that are too long** lose tokens of the prompt's own words, at ``truncation_side``; BOS, system turn, tools and
-    the header before the answer stay, and the answer is cut (at its end) only where it is itself too long. A row with
-    options keeps room for its longest option, so its prompt is the same in training and in evaluation.
+    **Rows that are too long** lose tokens of the prompt's own words, at ``truncation_side``; BOS, system turn, tools
+    and the header before the answer stay, and the answer is cut (at its end) only where it is itself too long. A row
+    with options keeps room for its longest option, so its prompt is the same in training and in evaluation.
 
     Args:
         tokenizer: a Hugging Face tokenizer, or the path or name of one.
@@ -74,18 +74,18 @@ class Encoder:
             raise MisconfigurationException(f"`truncation_side={truncation_side!r}`: unknown. Use 'left' or 'right'.")
         if not 0.0 <= prompt_loss_weight <= 1.0:
             raise MisconfigurationException(
-                f"`prompt_loss_weight={prompt_loss_weight}`: must be between 0 (the answer alone) and 1 (the prompt as much)."
+                f"`prompt_loss_weight={prompt_loss_weight}`: must lie between 0 (the answer alone) and 1 "
+                "(the prompt as much)."
             )
         self.tokenizer = load_tokenizer(tokenizer)
-        context = int(getattr(self.tokenizer, "model_max_length", 0) or 0)
-        context = context if 0 < context < 10**9 else 0  # tokenizers without a limit say 1e30
+        context = _context(self.tokenizer, "model_max_length")
         self.max_length = max_length if max_length is not None else min(1024, context or 1024)
         if self.max_length < 2:
             raise MisconfigurationException(f"`max_length={max_length}`: a row needs room for two tokens at least.")
         if context and self.max_length > context:
             raise MisconfigurationException(
-                f"`max_length={max_length}`: the tokenizer's model reads {context} tokens at most (`model_max_length`). "
-                f"Use `max_length={context}` or less, or raise `tokenizer.model_max_length` if it is wrong."
+                f"`max_length={max_length}`: the model reads {context} tokens at most (`tokenizer.model_max_length`). "
+                f"Use `max_length={context}` or less, or correct the tokenizer's `model_max_length`."
             )
         self.template = template
         self.truncation_side = truncation_side
@@ -97,7 +97,7 @@ class Encoder:
 
     @classmethod
     def for_module(cls, module: Any, tokenizer: Any = None, **options: Any) -> Encoder:
-        """The encoder that fits a LightningModule: its ``tokenizer`` and its ``prompt_loss_weight``, where it has them.
+        """The encoder that fits a LightningModule: its ``tokenizer``, context and ``prompt_loss_weight``, if it has them.
 
         Args:
             module: the LightningModule, or None.
@@ -105,7 +105,8 @@ class Encoder:
             options: further arguments of :class:`Encoder`.
 
         Raises:
-            MisconfigurationException: when neither has a tokenizer.
+            MisconfigurationException: when neither has a tokenizer, or ``max_length`` is longer than the context of
+                ``module.model``.
         """
         tokenizer = tokenizer if tokenizer is not None else getattr(module, "tokenizer", None)
         if tokenizer is None:
@@ -114,7 +115,16 @@ class Encoder:
                 "Give `tokenizer=` (a path or an object), or set `self.tokenizer` in the module's `__init__`."
             )
         options.setdefault("prompt_loss_weight", getattr(module, "prompt_loss_weight", 0.0))
-        return cls(tokenizer, **options)
+        encoder = cls(tokenizer, **options)
+        context = _context(getattr(getattr(module, "model", None), "config", None), "max_position_embeddings")
+        if context and encoder.max_length > context:
+            if options.get("max_length") is not None:
+                raise MisconfigurationException(
+                    f"`max_length={encoder.max_length}`: the model's context is {context} tokens "
+                    f"(`max_position_embeddings`). Use `max_length={context}` or less."
+                )
+            encoder.max_length = context
+        return encoder
 
     @property
     def pad_token_id(self) -> int:
@@ -194,7 +204,8 @@ class Encoder:
         else:
             tokens = self._tokenize(self._render(example))
             ids, learned = tokens.ids, tokens.learned_mask()
-            drop = self._dropped(tokens, len(ids) - self.max_length, tokens.answer_start if "messages" in example else None)
+            stop = tokens.answer_start if "messages" in example else None
+            drop = self._dropped(tokens, len(ids) - self.max_length, stop)
             ids = [token for i, token in enumerate(ids) if i not in drop][: self.max_length]
             learned = [flag for i, flag in enumerate(learned) if i not in drop][: self.max_length]
         input_ids = torch.tensor(ids, dtype=torch.long)
@@ -260,8 +271,8 @@ class Encoder:
         if "messages" in example:
             why = "`template='none'`" if self.template == "none" else "the tokenizer has no chat template"
             raise DataError(
-                f"a row of `messages` cannot be encoded: {why}. Set `tokenizer.chat_template` and `template='auto'`, or "
-                "give rows of `prompt` and `answer`."
+                f"a row of `messages` cannot be encoded: {why}. Set `tokenizer.chat_template` and `template='auto'`, "
+                "or give rows of `prompt` and `answer`."
             )
         return _plain_text(example, example["answer"], str(self.tokenizer.eos_token or ""))
 
@@ -334,6 +345,12 @@ def compares_texts(metric: str) -> bool:
     return metric not in ("accuracy", "loss") and "classification" not in metric
 
 
+def _context(holder: Any, name: str) -> int:
+    """A limit in tokens that a tokenizer or config states; 0 for none (tokenizers without one say 1e30)."""
+    limit = getattr(holder, name, None)
+    return int(limit) if isinstance(limit, (int, float)) and 0 < limit < 10**9 else 0
+
+
 def _bos_ids(tokenizer: Any) -> list[int]:
     bos = getattr(tokenizer, "bos_token_id", None)
     return [bos] if bos is not None and tokenizer.encode("a")[:1] == [bos] else []
@@ -348,7 +365,7 @@ def _plain_text(example: Example, answer: str, end: str) -> Rendered:
     return Rendered(text, learned, (0, len(prompt)))
 
 
-def _conversation(example: Example) -> tuple[Sequence[Mapping[str, Any]], Sequence[Any] | None]:
+def _conversation(example: Example) -> tuple[Sequence[Message], Sequence[Any] | None]:
     if "messages" in example:
         return example["messages"], example.get("tools")
     answer = {"role": "assistant", "content": example["answer"]}

@@ -63,7 +63,8 @@ def read_rows(source: Any) -> list[Example] | Dataset[Any] | Any:
     if hasattr(source, "__iter__") or (hasattr(source, "__getitem__") and hasattr(source, "__len__")):
         return source
     raise DataError(
-        f"found {type(source).__name__} as a source of rows. Give a path, `hf://owner/name`, a list of rows or a dataset."
+        f"found {type(source).__name__} as a source of rows. "
+        "Give a path, `hf://owner/name`, a list of rows or a dataset."
     )
 
 
@@ -125,7 +126,7 @@ def read_hub(name: str) -> Any:
 
 
 def read_trace(folder: str | os.PathLike[str]) -> dict[str, list[Example]]:
-    """The splits of one task in the form of the TRACE benchmark: a folder with ``train.json``, ``eval.json``, ``test.json``.
+    """The splits of one task of the TRACE benchmark: a folder with ``train.json``, ``eval.json`` and ``test.json``.
 
     Each file is one JSON list of ``{"prompt": ..., "answer": ...}``.
 
@@ -182,7 +183,7 @@ def _lines(name: str) -> Iterator[tuple[int, str]]:
     except UnicodeDecodeError as error:
         raise DataError(f"{name}, line {number}: not UTF-8 ({error.reason}). Convert the file to UTF-8.") from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{name}, after line {number}: damaged or no gzip file ({error}). Fetch the file again.") from None
+        raise DataError(f"{name}, after line {number}: no gzip file, or damaged ({error}). Fetch it again.") from None
 
 
 def _missing_file(name: str) -> str:
@@ -213,11 +214,12 @@ def _hub_rows(dataset: Any, name: str) -> Any:
     columns = list(dataset.column_names)
     kind = example_kind(dict.fromkeys(columns, ""))
     if kind is None:
-        if not any(getattr(feature, "dtype", None) in ("string", "large_string") for feature in dataset.features.values()):
+        dtypes = {getattr(feature, "dtype", None) for feature in dataset.features.values()}
+        if not dtypes & {"string", "large_string"}:
             return dataset  # token ids, images, numbers: rows for the user's own module
         raise DataError(
-            f"{name}: found the columns {columns}, but rows need `text`, or `prompt` and `answer` (and maybe `options`), "
-            "or `messages`. Rename the columns (`dataset.rename_column`) and give the dataset object."
+            f"{name}: found the columns {columns}, but rows need `text`, or `prompt` and `answer` (and maybe "
+            "`options`), or `messages`. Rename the columns (`dataset.rename_column`) and give the dataset object."
         )
     if kind != "text":
         return clean_examples(_plain(dataset), name)

@@ -37,9 +37,9 @@ class TruncationReport:
         """The report in one sentence, with the ways out."""
         looked = f"{self.rows} rows" if self.rows == self.total else f"{self.rows} of {self.total} rows looked at"
         return (
-            f"{name}: {self.truncated} of {looked} are longer than `max_length={encoder.max_length}` tokens (the longest "
-            f"has {self.longest}) and lose {self.tokens_cut} tokens at the {encoder.truncation_side} of the prompt, in "
-            "training and evaluation alike. Raise `max_length`, or set `truncation_side`."
+            f"{name}: {self.truncated} of {looked} are longer than `max_length={encoder.max_length}` tokens (the "
+            f"longest has {self.longest}) and lose {self.tokens_cut} tokens at the {encoder.truncation_side} of the "
+            "prompt, in training and evaluation alike. Raise `max_length`, or set `truncation_side`."
         )
 
 

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Losses of single tokens, with logits computed only where they are needed."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+IGNORE_INDEX = -100
+# What a batch may hold besides the model's own inputs.
+_NOT_INPUTS = frozenset(
+    {"labels", "loss_weight", "metric", "reference", "reference_length", "row", "options", "option_ids", "option_mask"}
+    | {"answer_index"}
+)
+
+
+@dataclass
+class TokenTargets:
+    """What each position of a batch has to predict.
+
+    Attributes:
+        mask: bool ``[B, T]``, True where the next token has a label.
+        targets: int64 ``[N]``, the labels of these positions in row-major order.
+        weights: float32 ``[N]``, their weights.
+        rows: int64 ``[N]``, the row (of a packed batch: the segment) each belongs to.
+        num_rows: number of rows (segments).
+    """
+
+    mask: Tensor
+    targets: Tensor
+    weights: Tensor
+    rows: Tensor
+    num_rows: int
+
+    def sum_by_row(self, values: Tensor) -> Tensor:
+        """``[N]`` values summed for each row, ``[num_rows]``."""
+        return values.new_zeros(self.num_rows).index_add(0, self.rows, values)
+
+
+def token_targets(batch: Mapping[str, Any]) -> TokenTargets:
+    """The targets of a batch's ``labels``, weighted by ``loss_weight`` where it is there.
+
+    In a packed batch (``[1, T]`` with ``position_ids`` that start anew) each segment is a row, and a segment's first
+    token is predicted by nothing.
+
+    Args:
+        batch: ``labels`` ``[B, T]``, and maybe ``loss_weight`` ``[B, T]`` and ``position_ids`` ``[B, T]``.
+
+    Example:
+        >>> targets = token_targets({"labels": torch.tensor([[-100, 7, 8], [-100, -100, -100]])})
+        >>> targets.targets.tolist(), targets.rows.tolist()
+        ([7, 8], [0, 0])
+    """
+    labels = batch["labels"]
+    has_label = labels != IGNORE_INDEX
+    number = torch.arange(len(labels), device=labels.device)[:, None].expand_as(labels)
+    num_rows = len(labels)
+    position_ids = batch.get("position_ids")
+    if position_ids is not None and len(labels) == 1 and position_ids.shape == labels.shape:
+        begins = position_ids == 0
+        has_label = has_label & ~begins
+        number = begins.long().cumsum(1) - 1
+        num_rows = max(int(begins.sum()), 1)
+        number = number.clamp_min(0)
+    mask = torch.zeros_like(has_label)
+    mask[:, :-1] = has_label[:, 1:]
+    weights = batch.get("loss_weight")
+    chosen = has_label.clone()
+    chosen[:, 0] = False
+    weights = torch.ones_like(labels, dtype=torch.float32) if weights is None else weights.float()
+    return TokenTargets(mask, labels[chosen], weights[chosen], number[chosen], num_rows)
+
+
+def token_losses(model: nn.Module, batch: Mapping[str, Any], targets: TokenTargets) -> Tensor:
+    """Cross-entropy of each target, float32 ``[N]``; other positions never get logits.
+
+    Args:
+        model: a Hugging Face causal LM, with or without PEFT.
+        batch: the model's inputs; keys that are not its inputs are left out.
+        targets: of :func:`token_targets`, at least one.
+    """
+    logits = logits_at(model, model_inputs(batch), targets.mask)
+    return F.cross_entropy(logits.float(), targets.targets, reduction="none")
+
+
+def logits_at(model: nn.Module, inputs: Mapping[str, Any], mask: Tensor, **options: Any) -> Tensor:
+    """The logits ``[N, V]`` of the positions ``mask`` ``[B, T]``, in row-major order, gradients and all.
+
+    The model is called as a whole, so that sharding, adapters and what its family does to logits stay in place.
+    """
+    return output_at(model, inputs, mask, **options)[0]
+
+
+def output_at(model: nn.Module, inputs: Mapping[str, Any], mask: Tensor, **options: Any) -> tuple[Tensor, Any]:
+    """As :func:`logits_at`, with the model's output beside it."""
+    with _head_at(model, mask):
+        output = model(**inputs, **options)
+    logits = output.logits
+    # A head that the hook did not reach (a compiled model, an unusual one) gave logits everywhere.
+    return (logits[mask] if logits.shape[:2] == mask.shape else logits.flatten(0, 1)), output
+
+
+def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a batch that the model reads."""
+    return {key: value for key, value in batch.items() if key not in _NOT_INPUTS}
+
+
+def accepts(model: Any, name: str) -> bool:
+    """Whether the model's forward has an argument of this name (a PEFT model is asked for what it wraps)."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return name in inspect.signature(base.forward).parameters
+
+
+@contextmanager
+def _head_at(model: Any, mask: Tensor) -> Iterator[None]:
+    head = None if _is_compiled(model) else model.get_output_embeddings()
+    if head is None:
+        yield
+        return
+
+    def select(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if args and isinstance(args[0], Tensor) and args[0].shape[:-1] == mask.shape:
+            return (args[0][mask].unsqueeze(0), *args[1:])
+        return None
+
+    handle = head.register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _is_compiled(model: Any) -> bool:
+    # A compiled graph would be made anew for each number of labels.
+    return hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None
