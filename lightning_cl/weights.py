@@ -11,12 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-# Parts that wrappers put into parameter names and that no checkpoint shows.
-_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+# Parts that wrappers put into parameter names; without them a run with another strategy, or uncompiled, fits.
+_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 
 
 def clean_name(name: str) -> str:
-    """The parameter's name as a checkpoint's ``state_dict`` has it, without what FSDP1 and checkpoint wrappers add.
+    """The parameter's name without what FSDP1, activation checkpointing and ``torch.compile`` put into it.
 
     Example:
         >>> clean_name("_fsdp_wrapped_module.model._checkpoint_wrapped_module.head.weight")
@@ -40,6 +40,12 @@ def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
         ['1.weight', '1.bias']
     """
     return {clean_name(name): p for name, p in module.named_parameters() if p.requires_grad}
+
+
+def sharding_root(trainer: Any, module: nn.Module) -> nn.Module:
+    """The module to give to the functions here: FSDP1 wraps the whole LightningModule in another one."""
+    model = trainer.strategy.model
+    return model if type(model).__name__ == "FullyShardedDataParallel" else module
 
 
 def local(tensor: Tensor) -> Tensor:
