@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The files of a run: task folders, checkpoints found and checked, the row of scores beside each checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+#: Written by ``fit_stream`` when a task's training has ended.
+TASK_END = "task_end.ckpt"
+#: Written on SIGTERM.
+INTERRUPTED = "interrupted.ckpt"
+ROW = "row.json"
+RUN = "run.json"
+_META = "meta.pt"
+
+
+def task_folder(index: int, name: str) -> str:
+    """The folder of a task's files.
+
+    Example:
+        >>> task_folder(2, "news: politics")
+        'task_2_news__politics'
+    """
+    return f"task_{index}_{re.sub(r'[^A-Za-z0-9._-]', '_', name)}"
+
+
+def run_folder(trainer: pl.Trainer) -> Path:
+    """The folder of the run: the logger's (where Lightning puts checkpoints too), else ``default_root_dir``."""
+    if not trainer.loggers:
+        return Path(trainer.default_root_dir)
+    logger = trainer.loggers[0]
+    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+    return Path(logger.save_dir or trainer.default_root_dir, str(logger.name), version)
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint, or None if it is whole. Reads it once; nothing in it is executed."""
+    if path.is_dir():
+        if not (path / _META).is_file():
+            return f"the folder has no `{_META}`"
+        if not (path / ".metadata").is_file():
+            return "the folder has no `.metadata`"
+        return _zip_damage(path / _META)
+    if not path.is_file():
+        return "there is no such file"
+    return _zip_damage(path)
+
+
+def _zip_damage(path: Path) -> str | None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+            if bad is not None:
+                return f"its part {bad!r} does not match its checksum"
+        _load(path)
+    except Exception as error:
+        return f"it cannot be read ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no detail'})"
+    return None
+
+
+def peek(path: str | os.PathLike[str] | None) -> dict[str, Any]:
+    """A checkpoint's content, tensors left on disk; of a sharded one, all but weights and optimizer."""
+    file = Path(str(path))
+    return _load(file / _META if file.is_dir() else file)
+
+
+def _load(path: Path) -> dict[str, Any]:
+    # `weights_only` builds tensors and plain types alone: a file from elsewhere cannot run code.
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+def find_last(trainer: pl.Trainer, key: str, extra: Iterable[Path] = ()) -> Path | None:
+    """The whole checkpoint that is furthest in the stream; damaged ones are skipped with a warning.
+
+    Looks into the run's folder, the folders of ModelCheckpoint, and, when the logger counts its versions, the earlier
+    versions beside the run's folder (the newest that has a checkpoint). "Furthest" is told from the state inside, so
+    a clock that jumped back changes nothing; where a folder holds two runs, the one begun last counts.
+
+    Args:
+        trainer: the Trainer.
+        key: the stream's key in a checkpoint.
+        extra: further candidates.
+    """
+    folders = [run_folder(trainer)]
+    folders += [Path(c.dirpath) for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath]
+    found = _furthest([p for folder in folders for p in _checkpoints(folder)] + list(extra), key)
+    if found is not None or not trainer.loggers:
+        return found
+    version = re.fullmatch(r"version_(\d+)", folders[0].name)
+    if version is None:
+        return None
+    siblings = sorted(
+        (int(match[1]), entry)
+        for entry in (folders[0].parent.iterdir() if folders[0].parent.is_dir() else ())
+        if (match := re.fullmatch(r"version_(\d+)", entry.name)) and int(match[1]) < int(version[1])
+    )
+    for _, sibling in reversed(siblings):
+        found = _furthest(_checkpoints(sibling), key)
+        if found is not None:
+            return found
+    return None
+
+
+def find_last_in(folder: Path, key: str) -> Path | None:
+    """The whole checkpoint of a run folder that is furthest in the stream."""
+    return _furthest(_checkpoints(folder), key)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return [*folder.glob("*.ckpt"), *folder.glob("task_*/*.ckpt"), *folder.glob("checkpoints/task_*/*.ckpt")]
+
+
+def _furthest(candidates: list[Path], key: str) -> Path | None:
+    ranked = []
+    for path in dict.fromkeys(candidates):
+        problem = None
+        try:
+            checkpoint = peek(path)
+        except Exception as error:
+            problem = f"it cannot be read ({type(error).__name__})"
+        if problem is not None:
+            _warn_damaged(path, problem)
+            continue
+        state = checkpoint.get(key)
+        if state is not None:
+            steps = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress", {})
+            done = steps.get("total", {}).get("processed", 0)
+            # A later save at the same batch stands later in Lightning's order of hooks.
+            order = ("in_step", "batch_end", "between", "validation_end", "epoch_start", "epoch_end").index(state["point"])
+            ended = path.name == TASK_END
+            begun = _begun(path, state["run_id"])
+            ranked.append((begun, state["current_index"], done, order, ended, path.stat().st_mtime, str(path)))
+    for *_, name in sorted(ranked, reverse=True):
+        problem = damage(Path(name))
+        if problem is None:
+            return Path(name)
+        _warn_damaged(Path(name), problem)
+    return None
+
+
+def _warn_damaged(path: Path, problem: str) -> None:
+    rank_zero_warn(f"The checkpoint {path} is damaged and skipped: {problem}. The next older one is taken.")
+
+
+def _begun(path: Path, run_id: str) -> int:
+    """Which run of its folder a checkpoint belongs to: 0 for the first that was begun there."""
+    for folder in path.parents[:3]:
+        if (folder / RUN).is_file():
+            try:
+                runs = json.loads((folder / RUN).read_text())["runs"]
+                return runs.index(run_id) if run_id in runs else -1
+            except (OSError, ValueError, KeyError, TypeError):
+                return -1
+    return -1
+
+
+def note_run(folder: Path, run_id: str) -> None:
+    """Write down that a run begins in this folder (or goes on there)."""
+    runs: list[str] = []
+    if (folder / RUN).is_file():
+        try:
+            runs = list(json.loads((folder / RUN).read_text())["runs"])
+        except (ValueError, KeyError, TypeError):
+            rank_zero_warn(f"{folder / RUN} cannot be read and is written anew.")
+    if run_id in runs:
+        runs.remove(run_id)
+    write_json(folder / RUN, {"runs": [*runs, run_id]})
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse a folder that cannot be written before training, not after it.
+
+    Raises:
+        MisconfigurationException: with the reason.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise MisconfigurationException(
+            f"The run's folder {folder} cannot be written ({error.strerror or error}), so checkpoints and scores would be"
+            " lost. Make it writable, or choose another by `Trainer(default_root_dir=...)` or the logger's `save_dir`."
+        ) from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a whole file or none: a kill in between leaves the old one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            json.dump(value, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+class RunLock:
+    """Holds a run's folder for this process; the system frees it when the process dies, however it dies.
+
+    Args:
+        folder: the run's folder.
+
+    Raises:
+        MisconfigurationException: by :meth:`acquire`, if another process holds it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / ".lightning_cl.lock"
+        self._file: Any = None
+
+    def acquire(self) -> None:
+        """Take the folder, or refuse."""
+        try:
+            import fcntl
+        except ImportError:  # Windows has no advisory locks of this kind
+            return
+        file = open(self._path, "a+")  # noqa: SIM115 - held until `release`
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip()
+            file.close()
+            raise MisconfigurationException(
+                f"Another process{f' ({holder})' if holder else ''} is writing the run's folder {self._path.parent}. Two"
+                " would overwrite each other's checkpoints. Wait for it or end it, or use another `default_root_dir`."
+            ) from None
+        except OSError:
+            # Some network file systems have no locks; a run there goes on without.
+            file.close()
+            return
+        file.truncate(0)
+        file.write(f"process {os.getpid()}")
+        file.flush()
+        self._file = file
+
+    def release(self) -> None:
+        """Give the folder back."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None

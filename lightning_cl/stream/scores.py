@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From what Lightning logged in one evaluation to the scores of the task matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_cl.distributed import gather_objects
+from lightning_cl.stream.task import Task, mode_of
+
+if TYPE_CHECKING:
+    from lightning_cl.metrics import TaskMatrix
+    from lightning_cl.stream.task_stream import TaskStream
+
+
+def find_monitor(trainer: pl.Trainer) -> Any:
+    """The Trainer's ForgettingMonitor, or None."""
+    for callback in trainer.callbacks:
+        if any(cls.__name__ == "ForgettingMonitor" for cls in type(callback).__mro__):
+            return callback
+    return None
+
+
+def read_scores(
+    stream: TaskStream, stage: int, tasks: Sequence[Task], logged: Sequence[Mapping[str, float]], monitor: Any
+) -> None:
+    """Put one evaluation's scores into the stream's cells; called on all processes.
+
+    Args:
+        stream: the stream.
+        stage: the row.
+        tasks: the task of each loader.
+        logged: what ``trainer.test`` or ``trainer.validate`` returned.
+        monitor: the ForgettingMonitor, or None.
+
+    Raises:
+        MisconfigurationException: before the first task, for a metric that was asked for by name and is not logged.
+    """
+    from lightning_cl.metrics import find_score
+
+    together: dict[str, float] = {}
+    for entry in logged:
+        together.update(entry)
+    for index, task in enumerate(tasks):
+        wanted = getattr(monitor, "metric", None)
+        found, reason = find_score(together, index, len(tasks), task.name, wanted, task.metric)
+        if found is None and wanted is not None:
+            # A monitor of the validation during training names `val_...`; here the same metric is logged as `test_...`.
+            for old, new in (("val", "test"), ("test", "val")):
+                if found is None and wanted.startswith(old):
+                    other = new + wanted.removeprefix(old)
+                    found, _ = find_score(together, index, len(tasks), task.name, other, task.metric)
+        if found is None:
+            if stage == -1 and together and (wanted or task.metric):
+                raise MisconfigurationException(
+                    f"No score for task {task.name!r}: {reason}. Name a metric that the module logs in its evaluation,"
+                    " with one value a loader."
+                )
+            stream.missing[stage, task.name] = reason
+            continue
+        split = "test" if task.test is not None else "val"
+        rows = stream.num_rows(task.name, split)  # type: ignore[arg-type]
+        cell = {"value": _agree(together[found], stream, task, split), "rows": rows, "metric": _bare(found)}
+        stream.cells[stage, task.name] = cell
+
+
+def matrix_of(stream: TaskStream) -> TaskMatrix:
+    """The stream's cells as a :class:`~lightning_cl.metrics.TaskMatrix`."""
+    from lightning_cl.metrics import TaskMatrix
+
+    metrics = {task: cell["metric"] for (_, task), cell in stream.cells.items() if cell.get("metric")}
+    monitor = find_monitor(stream.trainer) if stream.trainer is not None else None
+    modes = {}
+    for task in stream.tasks:
+        if task.higher_is_better is not None or task.metric is not None or monitor is None:
+            given = task.higher_is_better is not None or task.metric is not None
+            modes[task.name] = task.mode if given else mode_of(metrics.get(task.name))
+        else:
+            modes[task.name] = getattr(monitor, "mode", "max")
+    matrix = TaskMatrix(
+        tasks=[task.name for task in stream.tasks],
+        roles={task.name: task.role for task in stream.tasks},
+        modes=modes,  # type: ignore[arg-type]
+        metrics=metrics,
+    )
+    for (stage, task), cell in sorted(stream.cells.items()):
+        matrix.update(stage, task, cell["value"], rows=cell.get("rows"), scores=cell.get("scores"))
+    return matrix
+
+
+def _agree(value: float, stream: TaskStream, task: Task, split: str) -> float:
+    """The value of all processes together, where the module logged each process's own.
+
+    Each process had nearly as many rows as any other; their exact shares weigh the mean.
+    """
+    from lightning_cl.distributed import rank, world_size
+    from lightning_cl.stream.plan import batch_sizes, part_of
+
+    value = float(value)
+    if world_size() == 1:
+        return value
+    rows = stream.num_rows(task.name, split)  # type: ignore[arg-type]
+    share = 1
+    if rows is not None:
+        sizes = batch_sizes(rows, stream.eval_batch_size, world_size())
+        share = sum(len(part_of(0, size, rank(), world_size())) for size in sizes)
+    values = gather_objects((value, share))
+    if all(other == values[0][0] for other, _ in values):
+        return value
+    return sum(other * weight for other, weight in values) / sum(weight for _, weight in values)
+
+
+def _bare(name: str) -> str:
+    return name.rsplit("/dataloader_idx_", 1)[0]
