@@ -16,7 +16,9 @@ from lightning_cl.anatomy import pretrained_model
 _FLAG = "_lightning_cl_checkpointed"
 
 
-def find_shard_blocks(module: nn.Module, names: list[str] | None = None, min_parameters: int | None = None) -> list[str]:
+def find_shard_blocks(
+    module: nn.Module, names: list[str] | None = None, min_parameters: int | None = None
+) -> list[str]:
     """Names of the submodules that FSDP gathers as one, in the order of the module tree.
 
     Args:
@@ -52,8 +54,8 @@ def find_shard_blocks(module: nn.Module, names: list[str] | None = None, min_par
         return [n for n in big if not any(other.startswith(f"{n}.") for other in big)]
     model = pretrained_model(module)
     if model is not None:
-        classes = set(getattr(model, "_no_split_modules", None) or ())
-        found = [n for n, p in parts.items() if type(p).__name__ in classes and _size(p)]
+        unsplit = set(getattr(model, "_no_split_modules", None) or ())
+        found = [n for n, p in parts.items() if type(p).__name__ in unsplit and _size(p)]
         if found:
             return _outermost(found)
     return _biggest_list(parts)
@@ -70,7 +72,7 @@ def enable_activation_checkpointing(module: nn.Module) -> None:
     else:
         for name in find_shard_blocks(module):
             block = module.get_submodule(name)
-            block.forward = _recomputed(block, block.forward)  # type: ignore[method-assign]
+            block.forward = _recomputed(block, block.forward)
     module.__dict__[_FLAG] = True
 
 

@@ -7,7 +7,6 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -33,10 +32,10 @@ from lightning_cl.strategies.record import (
     named_parameters,
     note_trainable,
     persistent_buffers,
-    plain_name,
     record_of,
     saved_names,
 )
+from lightning_cl.weights import clean_name
 
 __all__ = ["AtomicCheckpointIO", "DamagedCheckpointError", "load_checkpoint", "verify_checkpoint"]
 
@@ -106,10 +105,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         FileNotFoundError: if there is none.
         DamagedCheckpointError: if it is truncated or altered.
     """
-    if os.path.isdir(path):
-        checkpoint = shards.load_folder(path)
-    else:
-        checkpoint = load_file(path)
+    checkpoint = shards.load_folder(path) if os.path.isdir(path) else load_file(path)
     if not isinstance(checkpoint, dict):
         raise DamagedCheckpointError(f"The checkpoint {path} holds a {type(checkpoint).__name__}, not a checkpoint.")
     _check_format(checkpoint, path)
@@ -149,7 +145,7 @@ class CheckpointContents:
         base_fingerprint(module)
 
     def weights(self, module: nn.Module) -> dict[str, Tensor]:
-        """What the checkpoint's ``state_dict`` holds, by plain name; shards stay shards."""
+        """What the checkpoint's ``state_dict`` holds, by clean name; shards stay shards."""
         note_trainable(module)
         parameters = named_parameters(module)
         names = list(parameters) if self.save_base else saved_names(module)
@@ -169,7 +165,11 @@ class CheckpointContents:
 
         return {
             "format": FORMAT,
-            "versions": {"lightning_cl": lightning_cl.__version__, "torch": str(torch.__version__), "lightning": pl.__version__},
+            "versions": {
+                "lightning_cl": lightning_cl.__version__,
+                "torch": str(torch.__version__),
+                "lightning": pl.__version__,
+            },
             "save_base": self.save_base,
             "base_fingerprint": base_fingerprint(module),
             "trained": sorted(record_of(module).trained),
@@ -209,9 +209,9 @@ def _restore_weights(module: nn.Module, state: Mapping[str, Any], strict: bool, 
 
     targets: dict[str, Tensor] = {**named_parameters(module), **persistent_buffers(module)}
     extra = extra_states(module)
-    state = restore_quantization_states(module, {plain_name(k): v for k, v in state.items()}, path)
+    state = restore_quantization_states(module, {clean_name(k): v for k, v in state.items()}, path)
     missing = [n for n in (*saved_names(module), *persistent_buffers(module), *extra) if n not in state]
-    aliases = {plain_name(n) for n, _ in module.named_parameters(remove_duplicate=False)} - targets.keys()
+    aliases = {clean_name(n) for n, _ in module.named_parameters(remove_duplicate=False)} - targets.keys()
     unexpected = [n for n in state if n not in targets and n not in extra and n not in aliases]
     shapes = [
         f"{n} {tuple(state[n].shape)} instead of {tuple(targets[n].shape)}"
@@ -274,5 +274,3 @@ def _refuse_remote(path: Any) -> None:
             f"The checkpoint path {path} is remote, where a file cannot be renamed atomically. Save to a local or mounted"
             " folder, or give the strategy `checkpoint_io=TorchCheckpointIO()`."
         )
-
-

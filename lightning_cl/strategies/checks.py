@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
+from lightning_cl.distributed import gather_objects
 from lightning_cl.strategies.config import QuantizationConfig
 from lightning_cl.strategies.record import record_of
 
@@ -35,7 +36,11 @@ def precision(strategy: Any, quantization: QuantizationConfig | None) -> list[st
             f"`precision={name!r}` computes in float16, which has no usable kernels on the CPU. Use `precision='bf16-true'`,"
             " `'bf16-mixed'` or `'32-true'`."
         )
-    if dtype is torch.bfloat16 and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+    if (
+        dtype is torch.bfloat16
+        and device.type == "cuda"
+        and not torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
         problems.append(
             f"`precision={name!r}` computes in bfloat16, which {torch.cuda.get_device_name(device)} does not have. Use"
             " `precision='16-mixed'` or `'32-true'`."
@@ -62,15 +67,26 @@ def single_device(module: nn.Module) -> list[str]:
             f"This `{type(module).__name__}` was sharded by `cl_fsdp` in an earlier fit and holds only a part of its"
             " weights. Go on with `strategy='cl_fsdp'`, or load its checkpoint into a new module."
         ]
+    return frozen_in_4bit(module)
+
+
+def frozen_in_4bit(module: nn.Module) -> list[str]:
+    """Problems with layers that were quantized and are to be trained now."""
+    quantized = record_of(module).quantized
+    thawed = [n for n in quantized if any(p.requires_grad for p in module.get_submodule(n).parameters())]
+    if thawed:
+        return [
+            f"{len(thawed)} layers held in 4 bits were made trainable (first: {thawed[0]}), but 4-bit weights cannot be"
+            " trained. Leave them frozen, or put them into `skip` of the `QuantizationConfig` from the first fit on."
+        ]
     return []
 
 
-def raise_together(problems: list[str], gather: Any | None = None) -> None:
+def raise_together(problems: list[str]) -> None:
     """Raise all ranks' problems as one exception on every rank, so that none waits for the others.
 
     Args:
         problems: this rank's problems.
-        gather: gathers one value from each rank, in rank order; None on one process.
 
     Raises:
         MisconfigurationException: if any rank has a problem.
@@ -81,7 +97,7 @@ def raise_together(problems: list[str], gather: Any | None = None) -> None:
     lightning.fabric.utilities.exceptions.MisconfigurationException: a
     b
     """
-    everyone = gather(problems) if gather is not None else [problems]
+    everyone = gather_objects(problems)
     ranks: dict[str, list[int]] = {}
     for rank, found in enumerate(everyone):
         for problem in found:
@@ -144,7 +160,7 @@ def fsdp(module: nn.Module, precision_name: str, wanted: dict[str, Any]) -> list
             " gradients would not be averaged over the ranks. Add all adapters before the first fit, or start the new task"
             " with a new module from the last checkpoint."
         )
-    return problems
+    return problems + frozen_in_4bit(module)
 
 
 def _uint8_layers(module: nn.Module) -> list[str]:

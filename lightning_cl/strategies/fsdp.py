@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_cl.strategies import checks, config, evaluation, shards, sharding
+from lightning_cl.distributed import gather_objects
+from lightning_cl.strategies import checks, config, evaluation, sharding, shards
 from lightning_cl.strategies.blocks import compile_blocks, enable_activation_checkpointing, find_shard_blocks
 from lightning_cl.strategies.checkpoint import METADATA, AtomicCheckpointIO, CheckpointContents, load_checkpoint
 from lightning_cl.strategies.config import QuantizationConfig
@@ -128,7 +129,7 @@ class CLFSDPStrategy(ModelParallelStrategy):
         self._accelerator = accelerator
         self.cluster_environment = cluster_environment
         self._checkpoint_io = checkpoint_io
-        self.precision_plugin = precision_plugin  # type: ignore[assignment]
+        self.precision_plugin = precision_plugin
         self.quantization = config.resolve(quantization)
         self.replicate = replicate
         self.shard = shard
@@ -159,14 +160,6 @@ class CLFSDPStrategy(ModelParallelStrategy):
         assert self.lightning_module is not None
         self.lightning_module._device_mesh = self._device_mesh
 
-    def exchange(self, value: Any) -> list[Any]:
-        """One picklable value from each rank, in rank order."""
-        if not torch.distributed.is_initialized():
-            return [value]
-        values: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(values, value)
-        return values
-
     def _make_mesh(self) -> Any:
         from torch.distributed.device_mesh import init_device_mesh
 
@@ -178,9 +171,7 @@ class CLFSDPStrategy(ModelParallelStrategy):
             )
         if self.replicate == 1:
             return init_device_mesh(self.root_device.type, (shard,), mesh_dim_names=("shard",))
-        return init_device_mesh(
-            self.root_device.type, (self.replicate, shard), mesh_dim_names=("replicate", "shard")
-        )
+        return init_device_mesh(self.root_device.type, (self.replicate, shard), mesh_dim_names=("replicate", "shard"))
 
     # --- set-up ----------------------------------------------------------------------------------------------------
 
@@ -193,7 +184,7 @@ class CLFSDPStrategy(ModelParallelStrategy):
         wanted = self._layout()
         problems = checks.precision(self, self.quantization)
         problems += checks.fsdp(module, str(self.precision_plugin.precision), wanted)
-        checks.raise_together(problems, self.exchange)
+        checks.raise_together(problems)
         record = record_of(module)
         if record.sharded is None:
             self.contents.prepare(module)
@@ -226,7 +217,7 @@ class CLFSDPStrategy(ModelParallelStrategy):
         mixed = str(self.precision_plugin.precision).endswith("-mixed")
         self.precision_plugin.convert_module(module)
         blocks = find_shard_blocks(module, self.blocks, self.min_parameters)
-        checks.raise_together(checks.groups(module, blocks), self.exchange)
+        checks.raise_together(checks.groups(module, blocks))
         if self.activation_checkpointing:
             enable_activation_checkpointing(module)
         if self.compile_blocks:
@@ -264,7 +255,7 @@ class CLFSDPStrategy(ModelParallelStrategy):
         if probe is not None:
             with sharding.gathered(module, probe.name):
                 problems = probe.compare()
-            checks.raise_together(problems, self.exchange)
+            checks.raise_together(problems)
 
     @override
     def model_to_device(self) -> None:
@@ -385,7 +376,7 @@ class CLFSDPStrategy(ModelParallelStrategy):
             if path.is_file() and self.is_global_zero:
                 path.unlink()
             self.barrier()
-            shards.save_folder(checkpoint, path, self.global_rank, self.exchange)
+            shards.save_folder(checkpoint, path, self.global_rank)
             return
         error: Exception | None = None
         if self.is_global_zero:
@@ -403,9 +394,9 @@ class CLFSDPStrategy(ModelParallelStrategy):
         """What differs between the ranks (samplers, buffers, random states), by rank, for ranks other than 0."""
         own = _flat_state(checkpoint)
         digests = {key: _digest(value) for key, value in own.items()}
-        reference = self.exchange(digests)[0]
+        reference = gather_objects(digests)[0]
         mine = {key: value for key, value in own.items() if digests[key] != reference.get(key)}
-        return {rank: state for rank, state in enumerate(self.exchange(mine)) if rank > 0 and state}
+        return {rank: state for rank, state in enumerate(gather_objects(mine)) if rank > 0 and state}
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
@@ -417,7 +408,7 @@ class CLFSDPStrategy(ModelParallelStrategy):
             checkpoint = load_checkpoint(path)
         except Exception as caught:
             error = caught
-        messages = [m for m in self.exchange(None if error is None else str(error)) if m]
+        messages = [m for m in gather_objects(None if error is None else str(error)) if m]
         if error is not None:
             raise error
         if messages:

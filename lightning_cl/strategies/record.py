@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_cl.anatomy import adapter_layers
+from lightning_cl.weights import clean_name
 
 _ATTRIBUTE = "_lightning_cl_record"
 
@@ -50,18 +51,9 @@ def record_of(module: nn.Module) -> ModuleRecord:
     return record
 
 
-def plain_name(name: str) -> str:
-    """A parameter's name without what wrappers put into it.
-
-    >>> plain_name("net._orig_mod.0._checkpoint_wrapped_module.weight")
-    'net.0.weight'
-    """
-    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
-
-
 def named_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """All parameters by plain name, each shared one once."""
-    return {plain_name(name): parameter for name, parameter in module.named_parameters()}
+    """All parameters by clean name, each shared one once."""
+    return {clean_name(name): parameter for name, parameter in module.named_parameters()}
 
 
 def saved_names(module: nn.Module) -> list[str]:
@@ -81,19 +73,19 @@ def note_trainable(module: nn.Module) -> None:
 
 
 def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
-    """The buffers that a state dict would hold, by plain name."""
+    """The buffers that a state dict would hold, by clean name."""
     found = {}
     for prefix, part in module.named_modules():
         for name, buffer in part._buffers.items():
             if buffer is not None and name not in part._non_persistent_buffers_set:
-                found[plain_name(f"{prefix}.{name}" if prefix else name)] = buffer
+                found[clean_name(f"{prefix}.{name}" if prefix else name)] = buffer
     return found
 
 
 def extra_states(module: nn.Module) -> dict[str, nn.Module]:
     """The submodules that define ``get_extra_state``, by the key their state has in a state dict."""
     return {
-        plain_name(f"{prefix}.{torch.nn.modules.module._EXTRA_STATE_KEY_SUFFIX}".lstrip(".")): part
+        clean_name(f"{prefix}.{torch.nn.modules.module._EXTRA_STATE_KEY_SUFFIX}".lstrip(".")): part
         for prefix, part in module.named_modules()
         if type(part).get_extra_state is not nn.Module.get_extra_state
     }

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -38,7 +37,7 @@ def shard_module(
     """
     from torch.distributed.fsdp import fully_shard
 
-    inside = set()
+    inside: set[int] = set()
     for name in blocks:
         block = module.get_submodule(name)
         before_block(name)
@@ -56,11 +55,6 @@ def shard_module(
     state._post_forward_hook_handle.remove()
     for owner in owners:
         owner.register_forward_pre_hook(_Gather(module))
-    for part in module.modules():
-        if is_sharded(part):
-            # FSDP ignores `reshard()` during a forward pass for groups that stay gathered after it. Slow weights and
-            # reference passes are swapped in exactly then.
-            part.reshard = types.MethodType(_reshard, part)  # type: ignore[assignment]
     if prefetch > 0:
         _set_prefetch([module.get_submodule(name) for name in blocks], prefetch)
     # The first state that runs declares itself the root; a callback that calls a block before the first step would make
@@ -130,7 +124,7 @@ def reset(module: nn.Module) -> None:
     from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 
     if hasattr(module, "reset_iter_state"):
-        module.reset_iter_state()
+        module.reset_iter_state()  # type: ignore[operator]
         return
     for part in module.modules():
         if is_sharded(part):
@@ -154,19 +148,7 @@ class _Gather:
             self.root.unshard()  # type: ignore[operator]
 
 
-def _reshard(self: Any) -> None:
-    from torch.distributed.fsdp import FSDPModule
-
-    stays = [not group._reshard_after_forward for group in param_groups(self)]
-    if any(stays):
-        self.set_reshard_after_forward(True, recurse=False)
-    FSDPModule.reshard(self)
-    if any(stays):
-        self.set_reshard_after_forward(False, recurse=False)
-
-
 def _set_prefetch(blocks: list[Any], distance: int) -> None:
     for i, block in enumerate(blocks):
         block.set_modules_to_forward_prefetch(blocks[i + 1 : i + 1 + distance])
         block.set_modules_to_backward_prefetch(blocks[max(0, i - distance) : i][::-1])
-

@@ -3,10 +3,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_cl.distributed import gather_objects
 from lightning_cl.strategies.files import (
     DamagedCheckpointError,
     file_digest,
@@ -21,10 +21,11 @@ from lightning_cl.strategies.files import (
     save_file,
     sync_folder,
     to_safe,
-    write_atomically,
 )
 
-INDEX = "index.json"
+#: Holds everything but the shards, and the index that names them; Lightning's sharded checkpoints have it too.
+META = "meta.pt"
+_INDEX = "lightning_cl_index"
 _TAG = "__lightning_cl_stored__"
 
 
@@ -64,7 +65,7 @@ class StoredTensor:
         return result
 
 
-def copy_into(target: Tensor, source: Tensor | StoredTensor) -> None:
+def copy_into(target: Any, source: Tensor | StoredTensor) -> None:
     """Copy a whole (or stored) tensor's values into ``target``, of which a DTensor takes its own shard."""
     if not _is_dtensor(target):
         target.copy_(source.read() if isinstance(source, StoredTensor) else source)
@@ -87,7 +88,7 @@ def local_part(tensor: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(offset), tuple(shape)
 
 
-def like(reference: Tensor, source: Tensor | StoredTensor) -> Tensor:
+def like(reference: Any, source: Tensor | StoredTensor) -> Tensor:
     """The stored tensor in the form of ``reference``: a DTensor sharded the same way, or a plain one on its device."""
     if not _is_dtensor(reference):
         whole = source.read() if isinstance(source, StoredTensor) else source
@@ -109,27 +110,21 @@ def like(reference: Tensor, source: Tensor | StoredTensor) -> Tensor:
     )
 
 
-def save_folder(
-    checkpoint: dict[str, Any],
-    path: str | os.PathLike[str],
-    rank: int,
-    exchange: Callable[[Any], list[Any]],
-) -> None:
+def save_folder(checkpoint: dict[str, Any], path: str | os.PathLike[str], rank: int) -> None:
     """Write a sharded checkpoint; called by every rank.
 
     Each rank writes its parts of the DTensors to a safetensors file of its own, under a fresh name; rank 0 then writes
-    the rest and, last, the index that names them all. Until the index is replaced the folder is the old checkpoint.
+    the rest with the index that names them all. Until that file is replaced the folder is the old checkpoint.
 
     Args:
         checkpoint: nested plain values, tensors and DTensors (the same structure on all ranks).
         path: the folder.
         rank: this process's global rank.
-        exchange: gathers one picklable value from each rank, in rank order.
     """
     from safetensors.torch import save_file as save_tensors
 
     folder = Path(path)
-    token = exchange(secrets.token_hex(4))[0]
+    token = gather_objects(secrets.token_hex(4))[0]
     name = f"{token}-{rank:05d}.safetensors"
     parts: dict[str, Tensor] = {}
     entries: dict[str, dict[str, Any]] = {}
@@ -147,14 +142,14 @@ def save_folder(
             written[name] = file_digest(folder / name)
     except Exception as caught:
         error = f"rank {rank}: {caught}"
-    gathered = exchange((entries, written, error))
+    gathered = gather_objects((entries, written, error))
     failures = [e for _, _, e in gathered if e]
     if not failures and rank == 0:
         try:
-            _write_index(folder, token, rest, gathered)
+            _write_meta(folder, rest, gathered)
         except Exception as caught:
             error = f"rank 0: {caught}"
-    failures = [e for e in exchange(error) if e] or failures
+    failures = [e for e in gather_objects(error) if e] or failures
     if failures:
         for leftover in (folder / name, folder / f".{name}.tmp"):
             leftover.unlink(missing_ok=True)
@@ -166,7 +161,7 @@ def save_folder(
 
 def load_folder(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a sharded checkpoint after checking every file; sharded tensors come back as :class:`StoredTensor`."""
-    index = verify_folder(path)
+    meta = verify_folder(path)
     stored = {
         key: StoredTensor(
             str(path),
@@ -174,56 +169,58 @@ def load_folder(path: str | os.PathLike[str]) -> dict[str, Any]:
             getattr(torch, entry["dtype"]),
             tuple((c["file"], key, tuple(c["offset"]), tuple(c["shape"])) for c in entry["chunks"]),
         )
-        for key, entry in index["tensors"].items()
+        for key, entry in meta.pop(_INDEX)["tensors"].items()
     }
-    return _join(load_file(Path(path) / index["rest"]), stored)
+    return _join(meta, stored)
 
 
 def verify_folder(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Check every file of a sharded checkpoint against the index, and the index against its own digest."""
-    import hashlib
+    """Check every file of a sharded checkpoint: ``meta.pt`` against its own checksum, the shards against its index.
 
+    Returns:
+        The contents of ``meta.pt``.
+    """
     folder = Path(path)
-    if not (folder / INDEX).is_file():
-        raise FileNotFoundError(f"{folder} is no checkpoint of lightning-cl: it has no {INDEX}.")
-    text = (folder / INDEX).read_bytes()
-    head, _, body = text.partition(b"\n")
-    if head.decode("ascii", errors="replace") != hashlib.sha256(body).hexdigest():
-        raise DamagedCheckpointError(f"The checkpoint {folder} is damaged: {INDEX} was altered. Nothing was loaded.")
-    index = json.loads(body)
-    for name, digest in index["files"].items():
+    if not (folder / META).is_file():
+        raise FileNotFoundError(f"{folder} is no sharded checkpoint: it has no {META}.")
+    meta = load_file(folder / META)
+    if not isinstance(meta, dict) or _INDEX not in meta:
+        raise TypeError(
+            f"{folder} was not written by `cl_fsdp`: its {META} has no index. A checkpoint of Lightning's"
+            " `ModelParallelStrategy` holds pickled code, which is never run here; consolidate it first"
+            " (`python -m lightning.pytorch.utilities.consolidate_checkpoint`)."
+        )
+    for name, digest in meta[_INDEX]["files"].items():
         if not (folder / name).is_file() or file_digest(folder / name) != digest:
             raise DamagedCheckpointError(
                 f"The checkpoint {folder} is damaged: {name} is missing, truncated or altered. Nothing was loaded. Resume"
                 ' from an older checkpoint, or remove this folder and pass `ckpt_path="last"`.'
             )
-    return index
+    return meta
 
 
-def _write_index(folder: Path, token: str, rest: Any, gathered: list[Any]) -> None:
-    import hashlib
-
-    rest_name = f"{token}-rest.ckpt"
-    save_file(to_safe(rest), folder / rest_name)
-    files = {rest_name: file_digest(folder / rest_name)}
+def _write_meta(folder: Path, rest: dict[str, Any], gathered: list[Any]) -> None:
+    files: dict[str, str] = {}
     tensors: dict[str, Any] = {}
     for entries, written, _ in gathered:
         files.update(written)
         for key, entry in entries.items():
             known = tensors.setdefault(key, {"shape": entry["shape"], "dtype": entry["dtype"], "chunks": []})
             known["chunks"].extend(entry["chunks"])
-    body = json.dumps({"format": 1, "rest": rest_name, "files": files, "tensors": tensors}).encode()
-    content = hashlib.sha256(body).hexdigest().encode() + b"\n" + body
-    write_atomically(folder / INDEX, lambda file: file.write(content))
+    save_file(to_safe({**rest, _INDEX: {"files": files, "tensors": tensors}}), folder / META)
     for old in folder.iterdir():
-        if old.name not in files and old.name != INDEX and old.suffix in (".safetensors", ".ckpt", ".tmp"):
+        if old.name not in files and old.name != META and old.suffix in (".safetensors", ".tmp"):
             old.unlink(missing_ok=True)
     sync_folder(folder)
 
 
 def _split(value: Any, key: str, parts: dict[str, Tensor], entries: dict[str, dict[str, Any]], file: str) -> Any:
     if _is_dtensor(value):
-        entry: dict[str, Any] = {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch."), "chunks": []}
+        entry: dict[str, Any] = {
+            "shape": list(value.shape),
+            "dtype": str(value.dtype).removeprefix("torch."),
+            "chunks": [],
+        }
         entries[key] = entry
         local = value.to_local()
         if local.numel() and _is_first_copy(value):
