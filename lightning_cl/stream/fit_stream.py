@@ -200,7 +200,8 @@ class _Run:
                     logged = call(self._model, datamodule=stream, verbose=False)
                 finally:
                     stream.row = None
-                read_scores(stream, stage, chosen, logged, find_monitor(trainer))
+                row_scores = getattr(self._model, "row_scores", None)
+                read_scores(stream, stage, chosen, logged, find_monitor(trainer), row_scores)
                 if trainer.received_sigterm:
                     raise SIGTERMException
         for task in self._unscored(stage):

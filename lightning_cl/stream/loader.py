@@ -47,6 +47,7 @@ class TaskLoader:
         persistent_workers: keep the workers between epochs (map sources).
         position: where to begin, from :meth:`position`.
         order: the rows in the order of an epoch without shuffling (map sources); by default as they stand.
+        encode: (row, its number) -> row, for the rows of an iterable source that this process keeps.
         beginning: the first ``state_dict()`` of an iterable source that has one; a resume reads the source from there.
 
     Example:
@@ -72,6 +73,7 @@ class TaskLoader:
         persistent_workers: bool = False,
         position: Position | None = None,
         order: Sequence[int] | None = None,
+        encode: Callable[[Any, int], Any] | None = None,
         beginning: Any = None,
     ) -> None:
         self.dataset = dataset
@@ -85,6 +87,7 @@ class TaskLoader:
         self._streams = is_iterable(dataset)
         self._start: Position = dict(position or {"epoch": 0, "batches": 0, "rows": 0})
         self._order = order
+        self._encode = encode
         self._beginning = beginning
         self._ends: dict[int, int] = {}
         self._taken = 0
@@ -137,7 +140,7 @@ class TaskLoader:
             self.dataset.load_state_dict(copy.deepcopy(self._beginning))
         stream = _RowStream(self.dataset, self.batch_size, self._rank, self._world_size, self._start)
         for end, batch in DataLoader(
-            stream, batch_size=None, collate_fn=_EndAndBatch(self.collate_fn), **self._options
+            stream, batch_size=None, collate_fn=_EndAndBatch(self.collate_fn, self._encode), **self._options
         ):
             self._taken += 1
             self._ends[self._taken] = end
@@ -221,11 +224,15 @@ class _Clock:
 class _EndAndBatch:
     """Collates the rows and lets the position through; a class, so that workers can be started by ``spawn`` too."""
 
-    def __init__(self, collate_fn: Callable[[list[Any]], Any]) -> None:
+    def __init__(self, collate_fn: Callable[[list[Any]], Any], encode: Callable[[Any, int], Any] | None) -> None:
         self._collate_fn = collate_fn
+        self._encode = encode
 
-    def __call__(self, item: tuple[int, list[Any]]) -> tuple[int, Any]:
-        return item[0], self._collate_fn(item[1])
+    def __call__(self, item: tuple[int, int, list[Any]]) -> tuple[int, Any]:
+        end, first, rows = item
+        if self._encode is not None:
+            rows = [self._encode(row, first + i) for i, row in enumerate(rows)]
+        return end, self._collate_fn(rows)
 
 
 class _RowStream(IterableDataset):
@@ -238,7 +245,7 @@ class _RowStream(IterableDataset):
         self._world_size = world_size
         self._start = start
 
-    def __iter__(self) -> Iterator[tuple[int, list[Any]]]:
+    def __iter__(self) -> Iterator[tuple[int, int, list[Any]]]:
         info = torch.utils.data.get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         set_epoch = getattr(self._dataset, "set_epoch", None)

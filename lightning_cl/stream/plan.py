@@ -60,7 +60,7 @@ def part_of(start: int, size: int, rank: int, world_size: int) -> range:
 
 def batches_of_stream(
     rows: Iterable[T], batch_size: int, rank: int, world_size: int, start: int = 0
-) -> Iterator[tuple[int, list[T]]]:
+) -> Iterator[tuple[int, int, list[T]]]:
     """The same plan for rows whose number is not known before they end.
 
     Args:
@@ -71,17 +71,23 @@ def batches_of_stream(
         start: how many rows came before.
 
     Yields:
-        The number of rows used after this batch (by all processes), and this process's rows of it.
+        The number of rows used after this batch (by all processes), the number of this process's first row in the
+        stream, and its rows.
     """
     full = batch_size * world_size
     held: list[T] = []  # at most two global batches: what comes next decides how the last two are cut
+
+    def batch(first: int, size: int) -> tuple[int, int, list[T]]:
+        part = part_of(first, size, rank, world_size)
+        return start + first + size, start + part.start, [held[i] for i in part]
+
     for row in rows:
         held.append(row)
         if len(held) == 2 * full:
-            yield start + full, [held[i] for i in part_of(0, full, rank, world_size)]
+            yield batch(0, full)
             start += full
             del held[:full]
     first = 0
     for size in batch_sizes(len(held), batch_size, world_size):
-        yield start + first + size, [held[i] for i in part_of(first, size, rank, world_size)]
+        yield batch(first, size)
         first += size

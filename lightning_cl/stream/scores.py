@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +28,12 @@ def find_monitor(trainer: pl.Trainer) -> Any:
 
 
 def read_scores(
-    stream: TaskStream, stage: int, tasks: Sequence[Task], logged: Sequence[Mapping[str, float]], monitor: Any
+    stream: TaskStream,
+    stage: int,
+    tasks: Sequence[Task],
+    logged: Sequence[Mapping[str, float]],
+    monitor: Any,
+    row_scores: Mapping[int, Sequence[float]] | None = None,
 ) -> None:
     """Put one evaluation's scores into the stream's cells; called on all processes.
 
@@ -36,6 +43,7 @@ def read_scores(
         tasks: the task of each loader.
         logged: what ``trainer.test`` or ``trainer.validate`` returned.
         monitor: the ForgettingMonitor, or None.
+        row_scores: the score of each row by loader, where the module keeps them (``CausalLMModule`` does).
 
     Raises:
         MisconfigurationException: before the first task, for a metric that was asked for by name and is not logged.
@@ -64,7 +72,10 @@ def read_scores(
             continue
         split = "test" if task.test is not None else "val"
         rows = stream.num_rows(task.name, split)  # type: ignore[arg-type]
-        cell = {"value": _agree(together[found], stream, task, split), "rows": rows, "metric": _bare(found)}
+        cell: dict[str, Any] = {"value": _agree(together[found], stream, task, split), "rows": rows, "metric": task.metric or _bare(found)}
+        scores = list((row_scores or {}).get(index, ()))
+        if scores and all(math.isfinite(score) for score in scores):
+            cell["scores"], cell["rows"] = scores, len(scores)
         stream.cells[stage, task.name] = cell
 
 
@@ -115,4 +126,5 @@ def _agree(value: float, stream: TaskStream, task: Task, split: str) -> float:
 
 
 def _bare(name: str) -> str:
-    return name.rsplit("/dataloader_idx_", 1)[0]
+    """A metric's name without the loader and without the kind of evaluation."""
+    return re.sub(r"^(val|valid|validation|test)[_/]", "", name.rsplit("/dataloader_idx_", 1)[0])

@@ -21,6 +21,7 @@ from lightning_cl.stream.fingerprint import difference, fingerprint
 from lightning_cl.stream.loader import Position, TaskLoader, is_iterable
 from lightning_cl.stream.scores import matrix_of
 from lightning_cl.stream.task import Task
+from lightning_cl.stream.text import TextRows, holds_text, make_encoder, read_split
 
 if TYPE_CHECKING:
     from lightning_cl.metrics import TaskMatrix
@@ -143,6 +144,7 @@ class TaskStream(pl.LightningDataModule):
         self._sources: dict[tuple[str, Split], Any] | None = None
         self._beginnings: dict[tuple[str, Split], Any] = {}
         self._encoder: Any = None
+        self._lengths_reported = False
         #: The current train loader.
         self.train_loader: TaskLoader | None = None
 
@@ -200,7 +202,7 @@ class TaskStream(pl.LightningDataModule):
             for task in self.tasks:
                 for split in _SPLITS:
                     if getattr(task, split) is not None:
-                        found[task.name, split] = _read(task, split)
+                        found[task.name, split] = read_split(task, split)
             self._sources = found
         return self._sources
 
@@ -211,6 +213,7 @@ class TaskStream(pl.LightningDataModule):
         try:
             if error is None:
                 self._check_rows(self.sources())
+                self._report_lengths()
         except Exception as caught:
             error = caught
         raise_together(error)
@@ -318,17 +321,27 @@ class TaskStream(pl.LightningDataModule):
                     " wait for ever. Use fewer processes, or more rows."
                 )
 
+    def _report_lengths(self) -> None:
+        """Once, and before training: which text rows are too long."""
+        if self._lengths_reported or self.trainer is None:
+            return
+        self._lengths_reported = True
+        for (name, split), source in self.sources().items():
+            text = None if is_iterable(source) else self._text(self.task(name), split, source)
+            if text is not None:
+                text.report_lengths()
+
     def _loader(
         self, task: Task, split: Split, batch_size: int, shuffle: bool, position: Position | None = None
     ) -> TaskLoader:
         source = self.sources()[task.name, split]
         if is_iterable(source) and callable(getattr(source, "state_dict", None)):
             self._beginnings.setdefault((task.name, split), source.state_dict())
-        dataset, collate, order = self._encoded(task, split, source)
+        text = self._text(task, split, source)
         return TaskLoader(
-            dataset,
+            source if text is None or text.dataset is None else text.dataset,
             batch_size,
-            collate,
+            self.collate_fn or (default_collate if text is None else text.collate),
             shuffle=shuffle,
             seed=self.seed * 1_000_003 + self.current_index,
             rank=rank(),
@@ -337,7 +350,8 @@ class TaskStream(pl.LightningDataModule):
             pin_memory=self.pin_memory,
             persistent_workers=self.persistent_workers and split == "train",
             position=position,
-            order=order,
+            order=None if text is None else text.order,
+            encode=None if text is None else text.encode,
             beginning=self._beginnings.get((task.name, split)),
         )
 
@@ -347,8 +361,16 @@ class TaskStream(pl.LightningDataModule):
             split = "test"
         return self._loader(task, split, self.eval_batch_size, shuffle=False)
 
-    def _encoded(self, task: Task, split: Split, source: Any) -> tuple[Any, Callable[[list[Any]], Any], Any]:
-        return source, self.collate_fn or default_collate, None
+    def _text(self, task: Task, split: Split, source: Any) -> TextRows | None:
+        module = None if self.trainer is None else self.trainer.lightning_module
+        has_tokenizer = self.tokenizer is not None or getattr(module, "tokenizer", None) is not None
+        if not (has_tokenizer if is_iterable(source) else holds_text(source)):
+            return None
+        if not has_tokenizer and self.collate_fn is not None:
+            return None  # the user's own function takes text as it is
+        if self._encoder is None:
+            self._encoder = make_encoder(module, self.tokenizer, self.encoder_options)
+        return TextRows(task, split, source, self._encoder)
 
     def _on_epoch(self, epoch: int) -> None:
         if self.epoch_hook is not None:
@@ -356,10 +378,6 @@ class TaskStream(pl.LightningDataModule):
         if self.resume is not None:
             # The last moment before the first batch is read, and after every hook that may draw random numbers.
             self.resume.restore_random_state()
-
-
-def _read(task: Task, split: Split) -> Any:
-    return getattr(task, split)
 
 
 def _check_tasks(tasks: list[Task]) -> None:
