@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -155,23 +156,23 @@ class ActivationCollector:
         Raises:
             MisconfigurationException: if a watched module does not run, or puts out another shape.
         """
-        held: list[tuple[list[Row], dict[str, Tensor]]] = []
-        tokens: dict[str, int] = {}
+        held: list[tuple[list[str], list[int], dict[str, Tensor]]] = []
         room = _device_room(self._trainer.strategy.root_device)
         with self._evaluation():
             for batch, real in self._batches(rows):
                 recorded = self._forward(batch)
-                mask = self._mask(batch, real, recorded)
+                lengths = self._lengths(batch[:real], recorded)
+                # rows that only fill the batch up count nowhere
+                mask = _mask([*lengths, *[0] * (len(batch) - real)], next(iter(recorded.values())))
                 kept: dict[str, Tensor] = {}
                 for name, hidden in recorded.items():
                     moments = self._moments.setdefault(name, ActivationMoments(hidden.shape[-1], hidden.device))
-                    moments.update(hidden, _without_first(mask) if self._skip_first else mask)
+                    moments.update(hidden, without_first_token(mask) if self._skip_first else mask)
                     if keep:
-                        flat = hidden.flatten(0, 1).index_select(0, _real_tokens(batch[:real], hidden))
+                        flat = hidden.flatten(0, 1).index_select(0, _real_tokens(lengths, hidden))
                         room -= flat.numel() * flat.element_size()
                         kept[name] = flat if room > 0 else flat.cpu()
-                tokens |= {row_key(row): max(row.length, 1) for row in batch[:real]}
-                held.append((list(batch[:real]), kept))
+                held.append(([row_key(row) for row in batch[:real]], lengths, kept))
         for name, moments in self._moments.items():
             merged = ActivationMoments(len(moments.count), moments.count.device)
             for state in gather_objects(moments.state_dict()):
@@ -181,8 +182,10 @@ class ActivationCollector:
             self._moments[name] = merged
         limits = {name: moments.thresholds(num_std) for name, moments in self._moments.items()}
         thresholds = {name: torch.stack(pair).cpu() for name, pair in limits.items()}
+        shares = gather_objects([(keys, lengths) for keys, lengths, _ in held])
+        tokens = {key: n for share in shares for key, n in _pairs(share)}
         states = self._exchange(rows, held, limits, keep) if keep else {}
-        return Collected(thresholds, states, {row_key(row): max(row.length, 1) for row in rows})
+        return Collected(thresholds, states, {row_key(row): tokens[row_key(row)] for row in rows})
 
     def _batches(self, rows: Sequence[Row]) -> Iterator[tuple[Sequence[Row], int]]:
         """This rank's batches and how many rows of each are its own; the rest fills up to the other ranks' sizes."""
@@ -205,7 +208,8 @@ class ActivationCollector:
             lengths = torch.tensor([row.length for row in rows])
             columns["attention_mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
         columns = self._trainer.precision_plugin.convert_input(columns)
-        columns = self._trainer.strategy.batch_to_device(columns)
+        # Not through the module's transfer hooks: replay rows join a batch after them.
+        columns = move_data_to_device(columns, self._trainer.strategy.root_device)
         recorded: dict[str, Any] = {}
         handles = [
             part.register_forward_hook(lambda _m, _a, out, name=name: recorded.setdefault(name, out))
@@ -258,17 +262,17 @@ class ActivationCollector:
         value = value.detach()
         return value if value.ndim == 3 else value[:, None]
 
-    def _mask(self, rows: Sequence[Row], real: int, recorded: Mapping[str, Tensor]) -> Tensor:
-        hidden = next(iter(recorded.values()))
-        lengths = torch.tensor([max(row.length, 1) if i < real else 0 for i, row in enumerate(rows)])
-        if int(lengths.max()) > hidden.shape[1] or {h.shape[1] for h in recorded.values()} != {hidden.shape[1]}:
+    def _lengths(self, rows: Sequence[Row], recorded: Mapping[str, Tensor]) -> list[int]:
+        """Real tokens of each row; data without a token axis of its own has whatever the modules make of it."""
+        widths = {name: hidden.shape[1] for name, hidden in recorded.items()}
+        width = min(widths.values())
+        lengths = [row.length if "input_ids" in row.content else width for row in rows]
+        if len(set(widths.values())) > 1 or max(lengths, default=0) > width:
             raise MisconfigurationException(
-                f"The watched modules {list(recorded)} put out {[h.shape[1] for h in recorded.values()]} tokens for rows of"
-                f" {int(lengths.max())}, so tokens and states cannot be matched. Name modules in `layers=` that keep the"
-                " network's tokens."
+                f"The watched modules put out {widths} tokens a row for rows of up to {max(lengths, default=0)}, so tokens"
+                " and states cannot be matched. Name modules in `layers=` that keep the network's tokens."
             )
-        mask = torch.arange(hidden.shape[1])[None] < lengths[:, None]
-        return mask.to(hidden.device, non_blocking=True)
+        return lengths
 
     @contextmanager
     def _evaluation(self) -> Iterator[None]:
@@ -296,7 +300,7 @@ class ActivationCollector:
     def _exchange(
         self,
         rows: Sequence[Row],
-        held: list[tuple[list[Row], dict[str, Tensor]]],
+        held: list[tuple[list[str], list[int], dict[str, Tensor]]],
         limits: Mapping[str, tuple[Tensor, Tensor]],
         keep: Literal["states", "values"],
     ) -> dict[str, Tensor]:
@@ -304,11 +308,10 @@ class ActivationCollector:
         pieces: dict[str, dict[str, Tensor]] = {name: {} for name in limits}
         for start in range(0, len(held), _EXCHANGE):
             mine: list[tuple[str, list[str], list[int], Tensor]] = []
-            for batch, activations in held[start : start + _EXCHANGE]:
-                lengths = [max(row.length, 1) for row in batch]
+            for keys, lengths, activations in held[start : start + _EXCHANGE]:
                 for name, flat in activations.items():
                     packed = encode_activation_states(flat, *limits[name]) if keep == "states" else flat.bfloat16()
-                    mine.append((name, [row_key(row) for row in batch], lengths, packed.cpu()))
+                    mine.append((name, keys, lengths, packed.cpu()))
                 activations.clear()
             for theirs in gather_objects(mine):
                 for name, keys, lengths, packed in theirs:
@@ -316,18 +319,30 @@ class ActivationCollector:
         return {name: torch.cat([found[row_key(row)] for row in rows]) for name, found in pieces.items()}
 
 
-def _real_tokens(rows: Sequence[Row], hidden: Tensor) -> Tensor:
-    """Places of the rows' real tokens in ``hidden.flatten(0, 1)``."""
-    width = hidden.shape[1]
-    places = [torch.arange(max(row.length, 1)) + i * width for i, row in enumerate(rows)]
-    index = torch.cat(places) if places else torch.zeros(0, dtype=torch.long)
-    if hidden.is_cuda:
-        return index.pin_memory().to(hidden.device, non_blocking=True)
-    return index.to(hidden.device)
-
-
-def _without_first(mask: Tensor) -> Tensor:
+def without_first_token(mask: Tensor) -> Tensor:
+    """The token mask ``[R, T]`` without each row's first real token, on whichever side the padding is."""
     return mask & (mask.cumsum(-1) > 1)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The CPU tensor on ``device``, without waiting for it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def _mask(lengths: list[int], hidden: Tensor) -> Tensor:
+    mask = torch.arange(hidden.shape[1])[None] < torch.tensor(lengths)[:, None]
+    return to_device(mask, hidden.device)
+
+
+def _real_tokens(lengths: list[int], hidden: Tensor) -> Tensor:
+    """Places of the rows' real tokens in ``hidden.flatten(0, 1)``."""
+    places = [torch.arange(n) + i * hidden.shape[1] for i, n in enumerate(lengths)]
+    return to_device(torch.cat(places) if places else torch.zeros(0, dtype=torch.long), hidden.device)
+
+
+def _pairs(batches: Sequence[tuple[list[str], list[int]]]) -> Iterator[tuple[str, int]]:
+    for keys, lengths in batches:
+        yield from zip(keys, lengths, strict=True)
 
 
 def _device_room(device: torch.device) -> float:

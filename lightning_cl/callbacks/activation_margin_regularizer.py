@@ -1,0 +1,684 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GeRe: hold the activations of replay rows in the states that the reference model gave them."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_cl import anatomy, weights
+from lightning_cl.callbacks.base import ContinualCallback
+from lightning_cl.distributed import gather_objects, raise_together, world_size
+from lightning_cl.functional.dual_weight import DualWeight
+from lightning_cl.functional.margin import (
+    activation_margin_loss,
+    check_num_std,
+    encode_activation_states,
+    feature_imitation_loss,
+)
+from lightning_cl.replay.anchor import WeightAnchor
+from lightning_cl.replay.collecting import (
+    ActivationCollector,
+    row_key,
+    rows_digest,
+    to_device,
+    weights_fingerprint,
+    without_first_token,
+)
+from lightning_cl.replay.rows import Row
+from lightning_cl.replay.state_store import LayerStates, StateStore
+from lightning_cl.step import Step
+
+_Objective = Literal["margin", "l1", "l2"]
+_Reference = Literal["stored", "recompute"]
+_Anchor = Literal["initial", "previous_task"]
+_Reduction = Literal["violations", "mean"]
+
+
+class ActivationMarginRegularizer(ContinualCallback):
+    """Holds each activation of the replay rows in the state (negative, neutral, positive) that it had in the reference.
+
+    GeRe, Zhang et al., arXiv 2508.04676: before the first task, the final norm's output on a fixed set of general texts
+    is parted by two thresholds per hidden dimension (mean -+ ``num_std`` standard deviations). While the model learns,
+    the same texts are replayed, and each activation pays its distance from the interval of its first state. The loss
+    depends on the reference only through its state, so 2 bits an entry are kept, not 32, and give the same loss and
+    gradients bit for bit. It uses the forward pass that replays the rows anyway; only the rows of sources with a fixed
+    set (:class:`~lightning_cl.replay.GeneralSamples`) carry states.
+
+    The reference is taken once, in the evaluation mode of the model that the run starts with, and belongs to the run:
+    later tasks, new Trainers and resumed runs use the same. With LoRA it is the model with its adapters off.
+
+    Args:
+        weight: factor of the loss, >= 0; or ``"dynamic"``: the module's own loss over this one, at every step (GeRe's
+            dynamic weight), at most ``max_weight``. With ``target``, the first weight.
+        num_std: half width of the neutral interval in standard deviations, > 0.
+        layers: dotted name(s) of the submodules to hold, inside the LightningModule; ``"final_norm"`` finds the norm
+            before the head. Several layers: the mean of their losses.
+        objective: ``"margin"``, or feature imitation, the paper's baselines: ``"l1"`` or ``"l2"`` distance from the
+            reference activations themselves (kept in bfloat16, 8x the memory of the states).
+        reference: ``"stored"``, or ``"recompute"``: one more pass of the replay rows per step without gradients, with
+            the reference's weights (with LoRA: adapters off), shared with other callbacks that need it; no store.
+        anchor: ``"initial"``: the model before the first task; ``"previous_task"``: as it stood when this task began.
+        reduction: ``"violations"``, the paper's: per forward pass, the mean over the entries that are off their
+            interval. Their number is known only after the forward pass, so the loss of an accumulated or distributed
+            step is a mean of such means. ``"mean"``: over all entries of the optimizer step, exactly the same whatever
+            the accumulation and the number of ranks. Feature imitation is always ``"mean"``.
+        target: hold the loss at this value (> 0) instead of giving its weight: the weight adapts by dual ascent
+            (:class:`~lightning_cl.functional.DualWeight`), at most ``max_weight``.
+        max_weight: largest weight that ``"dynamic"`` or ``target`` may reach. 100 is the paper's largest fixed one.
+        store: file of the stored states. None keeps them in memory and in every checkpoint; with a file a checkpoint
+            holds only their content hash. A file of another model, tokenizer, set of rows or setting is refused.
+        allow_other_model: use a ``store`` that was taken with other weights: an earlier run's reference, on purpose.
+        skip_first_token: leave the first token of each row out: in many models it is an attention sink whose
+            activations are hundreds of times the others' and widen every neutral interval.
+        collect_batch_size: rows of one forward pass while the reference is taken.
+
+    Logged: ``cl/activation_margin`` (times its weight) and ``cl/activation_margin_ratio``; ``cl/activation_margin_loss``
+    and ``cl/activation_margin_weight`` where the weight adapts. (``activation_l1`` and ``activation_l2`` alike.)
+
+    Note:
+        Memory: tokens x D / 4 bytes a layer for ``"margin"`` (1,000 texts of 563 tokens, D = 4096: 0.58 GB), 2 x tokens
+        x D for imitation. FSDP2 is supported, FSDP1 is not: its weights exist only inside a training step.
+
+    Raises:
+        ValueError: for values out of their range.
+        MisconfigurationException: before the first step, if there are no replay rows or none that keep, no such layer,
+            a layer whose output has no hidden dimension per row or token, or a store that belongs to something else.
+
+    Example:
+        >>> ActivationMarginRegularizer(weight="dynamic", num_std=1.0).objective
+        'margin'
+
+        In YAML::
+
+            trainer:
+              callbacks+:
+                - class_path: lightning_cl.callbacks.ReplayMixer
+                  init_args:
+                    sources:
+                      class_path: lightning_cl.replay.GeneralSamples
+                      init_args: {data: general.jsonl}
+                    rows_per_batch: 4
+                - class_path: lightning_cl.callbacks.ActivationMarginRegularizer
+    """
+
+    def __init__(
+        self,
+        weight: float | Literal["dynamic"] = 1.0,
+        num_std: float = 1.0,
+        layers: str | list[str] = "final_norm",
+        objective: _Objective = "margin",
+        reference: _Reference = "stored",
+        anchor: _Anchor = "initial",
+        reduction: _Reduction = "violations",
+        target: float | None = None,
+        max_weight: float = 100.0,
+        store: str | None = None,
+        allow_other_model: bool = False,
+        skip_first_token: bool = False,
+        collect_batch_size: int = 16,
+    ) -> None:
+        super().__init__()
+        for name, value, choices in (
+            ("objective", objective, get_args(_Objective)),
+            ("reference", reference, get_args(_Reference)),
+            ("anchor", anchor, get_args(_Anchor)),
+            ("reduction", reduction, get_args(_Reduction)),
+        ):
+            if value not in choices:
+                raise ValueError(f"`ActivationMarginRegularizer({name}={value!r})`: use one of {list(choices)}.")
+        if weight != "dynamic" and not (isinstance(weight, (int, float)) and 0 <= weight < math.inf):
+            raise ValueError(
+                f"`ActivationMarginRegularizer(weight={weight!r})`: the factor of a loss must be a finite number >= 0, or"
+                ' "dynamic". Use 1.0, or `target=` to have it found.'
+            )
+        if target is not None and weight == "dynamic":
+            raise ValueError(
+                f'`ActivationMarginRegularizer(weight="dynamic", target={target})`: both set the weight. Keep one of them.'
+            )
+        if not 0 < max_weight < math.inf:
+            raise ValueError(
+                f"`ActivationMarginRegularizer(max_weight={max_weight})`: the bound of the weight must be a finite number"
+                " > 0."
+            )
+        check_num_std(num_std)
+        self.layers = [layers] if isinstance(layers, str) else list(layers)
+        if not self.layers:
+            raise ValueError('`ActivationMarginRegularizer(layers=[])`: name at least one layer, or use "final_norm".')
+        if collect_batch_size < 1:
+            raise ValueError(f"`ActivationMarginRegularizer(collect_batch_size={collect_batch_size})`: at least 1.")
+        if store is not None and reference == "recompute":
+            raise ValueError(
+                f'`ActivationMarginRegularizer(store={store!r}, reference="recompute")`: a reference that is recomputed in'
+                ' each step is not stored. Leave `store` out, or use `reference="stored"`.'
+            )
+        self.weight = weight
+        self.num_std = num_std
+        self.objective = objective
+        self.reference = reference
+        self.anchor = anchor
+        self.reduction = reduction
+        self.target = target
+        self.max_weight = max_weight
+        self.store = store
+        self.allow_other_model = allow_other_model
+        self.skip_first_token = skip_first_token
+        self.collect_batch_size = collect_batch_size
+        self._dual = None if target is None else DualWeight(target, initial=float(weight), maximum=max_weight)
+        self._weighted_at = -1
+        # What was taken of the reference, and what it was taken of.
+        self._taken: dict[str, Any] | None = None
+        self._states: StateStore | None = None
+        self._thresholds: dict[str, Tensor] = {}
+        self._copy = WeightAnchor(anchor)
+        self._watched: list[str] = []
+        self._fixed: list[Row] = []
+        self._sources: set[str] = set()
+        self._limits: dict[str, tuple[Tensor, Tensor]] = {}
+        self._lengths_checked = False
+        # Tokens of an optimizer step, by its number.
+        self._counted: tuple[int, Tensor] = (-1, torch.zeros(()))
+        self._fused: Callable[..., Tensor] | None = None
+
+    @property
+    def term(self) -> str:
+        """Name of the loss term in the logs."""
+        return f"activation_{self.objective}"
+
+    @property
+    def _is_exact(self) -> bool:
+        """Whether the loss is a mean over the entries of the whole optimizer step."""
+        return self.reduction == "mean" or self.objective != "margin"
+
+    @staticmethod
+    def _accumulated(trainer: pl.Trainer, pl_module: pl.LightningModule) -> int:
+        """Batches of an optimizer step: what Lightning divides each loss by."""
+        return trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
+
+    # --------------------------------------------------------------- the task's start
+
+    @override
+    def prepare_task(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse a run that has no replay rows."""
+        if not any(getattr(callback, "adds_replay_rows", False) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            raise MisconfigurationException(
+                "`ActivationMarginRegularizer` holds the activations of replay rows, and no callback of this Trainer adds"
+                " any. Add `ReplayMixer(GeneralSamples(...))` to `Trainer(callbacks=[...])`, or `--config"
+                " callbacks/replay_mixer.yaml`."
+            )
+
+    @override
+    def on_task_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Find the layers, and ask for their activations on the replay rows."""
+        if weights.sharding_root(trainer, pl_module) is not pl_module:
+            raise MisconfigurationException(
+                "`ActivationMarginRegularizer` runs the network before training, and under"
+                f" `{type(trainer.strategy).__name__}` (FSDP1) the weights exist only inside a training step. Use FSDP2:"
+                ' `strategy="cl_fsdp"` or `ModelParallelStrategy`.'
+            )
+        names = [
+            anatomy.find_final_norm(pl_module) if name == "final_norm" else _full_name(pl_module, name)
+            for name in self.layers
+        ]
+        self._watched = list(dict.fromkeys(names))
+        for name in self._watched:
+            self.attachment.watch(self, name)
+        if self.reference == "recompute":
+            self._copy.rebind()
+            self.attachment.add_reference(self, self.anchor, lambda: self._copy.inside(pl_module))
+        self.attachment.add_loss(self, self.term, self._term)
+        if self._is_exact and self._accumulated(trainer, pl_module) > 1:
+            self.attachment.draw_ahead(self)
+        self._limits.clear()
+        self._lengths_checked = False
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take the reference, unless the run has one; only now has everything of a checkpoint been restored."""
+        resumed = self._clock.in_task
+        mixers: list[Any] = [c for c in trainer.callbacks if getattr(c, "adds_replay_rows", False)]  # type: ignore[attr-defined]
+        sources = [source for mixer in mixers for source in mixer.sources]
+        self._sources = self._covered_sources(sources)
+        self._fixed = [row for row in fixed_rows(sources) if row.source in self._sources]
+        if self.reference == "recompute" and (not self._copy.taken or (self.anchor == "previous_task" and not resumed)):
+            self._warn_of_late_start(trainer, pl_module)
+            self._copy.take(pl_module)
+        if self.reference == "stored" or self.objective == "margin":
+            self._require_fixed_rows(sources)
+            self._take_reference(trainer, pl_module, {k: v for m in mixers for k, v in m.pad_values.items()})
+        super().on_train_start(trainer, pl_module)
+
+    # ----------------------------------------------------------------- the reference
+
+    def _covered_sources(self, sources: list[Any]) -> set[str]:
+        """Sources whose rows the term holds: the initial model has never learnt what a memory of past tasks keeps."""
+        from lightning_cl.replay.episodic_memory import EpisodicMemory
+
+        past = [s for s in sources if getattr(s, "holds_past_tasks", isinstance(s, EpisodicMemory))]
+        return {s.name for s in sources if self.anchor == "previous_task" or s not in past}
+
+    def _require_fixed_rows(self, sources: list[Any]) -> None:
+        if not self._fixed:
+            raise MisconfigurationException(
+                f"`ActivationMarginRegularizer(reference={self.reference!r})` takes its reference on a fixed set of rows,"
+                f" and none of the replay sources {[source.name for source in sources]} has one. Add `GeneralSamples(...)`"
+                " to `ReplayMixer`'s sources"
+                + (', or use `reference="recompute"`.' if self.objective != "margin" else ".")
+            )
+
+    def _settings(self) -> dict[str, Any]:
+        """What the states depend on, apart from weights, rows and tokenizer."""
+        return {
+            "layers": self._watched,
+            "objective": self.objective,
+            "num_std": self.num_std if self.objective == "margin" else None,
+            "skip_first_token": self.skip_first_token,
+            "anchor": self.anchor,
+        }
+
+    def _take_reference(self, trainer: pl.Trainer, pl_module: pl.LightningModule, pad_values: dict[str, float]) -> None:
+        digest = rows_digest(self._fixed)
+        # Adapters can be switched off at any time: then the initial model never goes away.
+        adapters_off = self.anchor == "initial" and anatomy.has_lora(pl_module) and not self._copy.names(pl_module)
+        if self._taken is not None and (self.anchor == "initial" or self._taken["task"] == self.task_index):
+            self._check_settings()
+            if self._taken["rows"] == digest:
+                self._open_states()
+                return
+            if not adapters_off and self.reference == "stored":
+                raise MisconfigurationException(
+                    f"The fixed replay rows are not those whose states were stored ({len(self._fixed)} rows, hash"
+                    f" {digest[:12]}; stored: {self._taken['count']} rows, hash {self._taken['rows'][:12]}): other texts,"
+                    " another tokenizer, or truncated differently (`max_tokens`). The reference model is gone, so theirs"
+                    ' cannot be taken. Use the same rows, `anchor="previous_task"`, or `reference="recompute"`.'
+                )
+        elif self.reference == "stored" and not adapters_off:
+            self._warn_of_late_start(trainer, pl_module)
+        swap = weights.adapters_disabled(pl_module) if adapters_off else nullcontext()
+        if self.reference == "recompute":
+            swap = self._copy.inside(pl_module)
+        with swap:
+            manifest = self._manifest(trainer, pl_module, digest, adapters_off)
+            self._states = self._reusable(manifest) if self.store else None
+            if self._states is None:
+                self._collect(trainer, pl_module, manifest, pad_values)
+        self._taken = {"task": self.task_index, "rows": digest, "count": len(self._fixed), "settings": self._settings()}
+        self._taken["digest"] = None if self._states is None else self._states.digest
+
+    def _collect(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, manifest: dict[str, Any], pad_values: dict[str, float]
+    ) -> None:
+        start = time.perf_counter()
+        collector = ActivationCollector(
+            trainer, pl_module, self._watched, pad_values, self.collect_batch_size, self.skip_first_token
+        )
+        keep: Any = {"margin": "states", "l1": "values", "l2": "values"}[self.objective]
+        found = collector.collect(self._fixed, self.num_std, keep if self.reference == "stored" else None)
+        if self.reference == "recompute":
+            self._thresholds = found.thresholds
+            return
+        layers = {name: LayerStates(found.states[name], found.thresholds[name]) for name in self._watched}
+        self._states = StateStore.build(manifest, found.tokens, layers)
+        if self.store:
+            self._write(trainer, self.store)
+        rank_zero_info(
+            f"Reference activations of {len(self._fixed)} rows, {sum(found.tokens.values())} tokens:"
+            f" {self._states.nbytes() / 2**20:.1f} MiB in {time.perf_counter() - start:.1f} s"
+            f" ({self.store or 'in memory'})."
+        )
+
+    def _write(self, trainer: pl.Trainer, path: str) -> None:
+        """One process of each node writes, and all of them read: folders may or may not be shared."""
+        error: Exception | None = None
+        try:
+            if trainer.local_rank == 0:
+                assert self._states is not None
+                self._states.write(path)
+        except Exception as found:
+            error = found
+        raise_together(error)
+        self._states = StateStore.open(path)
+
+    def _reusable(self, manifest: dict[str, Any]) -> StateStore | None:
+        """The states in the file at ``store``, if there are any and they are what this run would take now."""
+        assert self.store is not None
+        error: Exception | None = None
+        found: StateStore | None = None
+        try:
+            if Path(self.store).is_file():
+                found = StateStore.open(self.store)
+                own = self._taken is not None and self._taken["digest"] == found.digest
+                expected = {k: v for k, v in manifest.items() if k != "weights" or not self.allow_other_model}
+                if own:
+                    # This run's reference of an earlier task, which the new one replaces.
+                    found = None
+                else:
+                    found.require(
+                        expected,
+                        f"Delete {self.store} to take them anew from the model as it is, pass another `store=`, or (for"
+                        " other weights, on purpose) `allow_other_model=True`.",
+                    )
+        except Exception as raised:
+            error = raised
+        raise_together(error)
+        return found if all(gather_objects(found is not None)) else None
+
+    def _open_states(self) -> None:
+        """After a restart: the states that the checkpoint names."""
+        assert self._taken is not None
+        if self.reference == "recompute" or self._states is not None:
+            return
+        error: Exception | None = None
+        try:
+            if self.store is None or not Path(self.store).is_file():
+                raise MisconfigurationException(
+                    f"The checkpoint refers to stored activation states ({self._taken['digest'][:12]}) that are not at"
+                    f" `store={self.store!r}`. Put their file there; the model that they were taken of is gone."
+                )
+            self._states = StateStore.open(self.store)
+            if self._states.digest != self._taken["digest"]:
+                raise MisconfigurationException(
+                    f"{self.store} holds other activation states ({self._states.digest[:12]}) than the checkpoint refers"
+                    f" to ({self._taken['digest'][:12]}). Put the file of this run there."
+                )
+        except Exception as raised:
+            error = raised
+        raise_together(error)
+
+    def _check_settings(self) -> None:
+        assert self._taken is not None
+        old, new = self._taken["settings"], self._settings()
+        different = [f"{key}: then {old[key]!r}, now {new[key]!r}" for key in new if old[key] != new[key]]
+        if different:
+            raise MisconfigurationException(
+                f"The reference of this run was taken with other settings ({'; '.join(different)}). Use those of then; a"
+                " reference with new settings needs a new run from the initial model."
+            )
+
+    def _manifest(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, rows: str, adapters_off: bool
+    ) -> dict[str, Any]:
+        from lightning_cl import __version__
+
+        network = anatomy.find_backbone(pl_module)[1]
+        kind = "base" if adapters_off else "model"
+        dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in network.parameters()})
+        return {
+            **self._settings(),
+            "weights": f"{kind} {weights_fingerprint(network, adapters=not adapters_off)}",
+            "tokenizer": _tokenizer_name(trainer, pl_module),
+            "rows": rows,
+            "dtype": f"{'+'.join(dtypes)}, precision {trainer.precision}",
+            "version": __version__,
+        }
+
+    def _warn_of_late_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        switchable = anatomy.has_lora(pl_module) and not self._copy.names(pl_module)
+        if self.anchor == "initial" and not switchable and (self.task_index > 0 or trainer.global_step > 0):
+            rank_zero_warn(
+                f'`ActivationMarginRegularizer(anchor="initial")` begins in task {self.task_index} at step'
+                f" {trainer.global_step} without a reference from before: it takes the model as it is now."
+            )
+
+    # ---------------------------------------------------------------------- the step
+
+    def _term(self, step: Step) -> Tensor | None:
+        replay = step.replay
+        if not replay.count:
+            return None
+        covered = [i for i in range(replay.count) if self._covers(replay.ids[i], replay.sources[i])]
+        hidden = {name: step.activations[name] for name in self._watched}
+        masks = {name: self._mask(replay.token_mask, value, covered, replay.count) for name, value in hidden.items()}
+        tokens = None
+        if self._is_exact:
+            first = self._watched[0]
+            width = hidden[first].shape[1] if hidden[first].ndim == 3 else 0
+            tokens = self._total_tokens(step, covered, masks[first], width)
+        losses = []
+        for name in self._watched if covered else ():
+            reference = None
+            if self.reference == "recompute":
+                reference = _rows_of(step.reference[self.anchor][name], covered, replay.count)
+            rows = _rows_of(hidden[name], covered, replay.count)
+            losses.append(
+                self._layer_loss(name, rows, masks[name], [replay.ids[i] for i in covered], reference, tokens)
+            )
+        loss = torch.stack(losses).mean() if losses else None
+        factor = self._weight(loss, step)
+        return None if loss is None else factor * loss
+
+    def _covers(self, key: str, source: str) -> bool:
+        return key in self._states if self._states is not None else source in self._sources
+
+    def _layer_loss(
+        self,
+        name: str,
+        hidden: Tensor,
+        mask: Tensor | None,
+        keys: list[str],
+        reference: Tensor | None,
+        tokens: Tensor | None,
+    ) -> Tensor:
+        if self.objective != "margin":
+            if reference is None:
+                reference = self._stored(name, hidden, mask, keys)
+            total = feature_imitation_loss(hidden, reference, self._held(mask), self.objective, "sum")
+        else:
+            lower, upper = self._thresholds_on(name, hidden.device)
+            if reference is None:
+                states = self._stored(name, hidden, mask, keys)
+            else:
+                states = encode_activation_states(reference, lower, upper)
+            reduction = "violations" if tokens is None else "sum"
+            total = self._margin_loss(hidden, states, lower, upper, self._held(mask), reduction)
+        return total if tokens is None else total / (tokens * hidden.shape[-1])
+
+    def _margin_loss(self, hidden: Tensor, *args: Any) -> Tensor:
+        if not hidden.is_cuda:
+            return activation_margin_loss(hidden, *args)
+        if self._fused is None:
+            self._fused = torch.compile(activation_margin_loss, dynamic=True)
+            try:
+                return self._fused(hidden, *args)
+            except Exception as error:
+                # An accelerator without a working compiler: the same values, more memory traffic.
+                rank_zero_warn(f"The margin loss runs unfused, since compiling it failed: {error}")
+                self._fused = activation_margin_loss
+        return self._fused(hidden, *args)
+
+    def _held(self, mask: Tensor | None) -> Tensor | None:
+        """The tokens that count."""
+        return without_first_token(mask) if self.skip_first_token and mask is not None else mask
+
+    def _mask(self, token_mask: Tensor | None, hidden: Tensor, covered: list[int], count: int) -> Tensor | None:
+        if hidden.ndim not in (2, 3):
+            raise MisconfigurationException(
+                f"A watched module put out {list(hidden.shape)} on {count} replay rows; it must give `[rows, tokens, D]` or"
+                " `[rows, D]`. Name another module in `layers=`."
+            )
+        if hidden.ndim == 2:
+            return None
+        if token_mask is None:
+            return torch.ones(len(covered), hidden.shape[1], dtype=torch.bool, device=hidden.device)
+        if token_mask.shape[1] != hidden.shape[1]:
+            raise self._truncated(f"{hidden.shape[1]} tokens a row, the batch {token_mask.shape[1]}")
+        return _rows_of(token_mask, covered, count)
+
+    def _stored(self, name: str, hidden: Tensor, mask: Tensor | None, keys: list[str]) -> Tensor:
+        """The rows' stored states (or activations), each beside its token: ``[R, T, W]`` or ``[R, W]``."""
+        assert self._states is not None
+        flat = to_device(self._states.gather(name, keys), hidden.device)
+        if mask is None:
+            return flat
+        lengths = torch.tensor([self._states.tokens(key) for key in keys])
+        starts = to_device(lengths.cumsum(0) - lengths, hidden.device)
+        places = mask.cumsum(1) - 1
+        if not self._lengths_checked or not hidden.is_cuda:
+            # On a GPU in the first step only: it waits for the device.
+            here = mask.sum(1).cpu()
+            if not torch.equal(here, lengths):
+                key, new, old = next((k, int(a), int(b)) for k, a, b in zip(keys, here, lengths, strict=True) if a != b)
+                raise self._truncated(f"{new} tokens in row {key!r}, whose stored states have {old}")
+            self._lengths_checked = True
+        return flat[(places.clamp_min(0) + starts[:, None]).clamp_max(len(flat) - 1)]
+
+    def _truncated(self, found: str) -> MisconfigurationException:
+        return MisconfigurationException(
+            f"The watched modules {self._watched} saw {found}: replay rows are cut differently than when the states were"
+            " taken, so tokens and states cannot be matched. Cut rows in the data (`GeneralSamples(max_tokens=...)`) and"
+            " not in `training_step`, and keep the setting."
+        )
+
+    def _thresholds_on(self, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
+        if name not in self._limits:
+            limits = self._thresholds[name] if self._states is None else self._states.layers[name].thresholds
+            lower, upper = limits.to(device)
+            self._limits[name] = (lower, upper)
+        return self._limits[name]
+
+    def _total_tokens(self, step: Step, covered: list[int], mask: Tensor | None, width: int) -> Tensor:
+        """Tokens that count in the whole optimizer step, over the factors that Lightning and the ranks divide by."""
+        trainer = self.attachment.trainer
+        accumulated = self._accumulated(trainer, self.attachment.module)
+        if self._counted[0] != trainer.global_step or accumulated == 1:
+            device = step.task_loss.device  # type: ignore[union-attr]
+            if accumulated > 1:
+                skipped = int(self.skip_first_token and width > 0)
+                rows = [row for row in step.replay.window if self._covers(row_key(row), row.source)]
+                lengths = [row.length if "input_ids" in row.content else max(width, 1) for row in rows]
+                count = torch.tensor(float(sum(max(n - skipped, 0) for n in lengths)), device=device)
+            else:
+                held = self._held(mask)
+                count = torch.tensor(float(len(covered)), device=device) if held is None else held.sum().float()
+            if world_size() > 1:
+                dist.all_reduce(count)
+            self._counted = (trainer.global_step, count)
+        return self._counted[1].clamp_min(1.0) / (world_size() * accumulated)
+
+    # ------------------------------------------------------------------- the weight
+
+    def _weight(self, loss: Tensor | None, step: Step) -> Tensor | float:
+        if self._dual is None and self.weight != "dynamic":
+            assert not isinstance(self.weight, str)
+            return self.weight
+        module = self.attachment.module
+        assert step.task_loss is not None
+        measured = torch.zeros(3, dtype=torch.float32, device=step.task_loss.device)
+        if loss is not None:
+            measured = torch.stack([loss.detach().float(), step.task_loss.float(), torch.ones_like(measured[0])])
+        if world_size() > 1:
+            # Every rank must use the same weight, also one whose replay rows of this step carry no states.
+            dist.all_reduce(measured)
+        mean = measured[0] / measured[2].clamp_min(1)
+        if self._dual is None:
+            factor = (measured[1] / measured[2].clamp_min(1) / (mean + 1e-8)).clamp_max(self.max_weight)
+        elif self._weighted_at == module.trainer.global_step:
+            factor = self._dual.weight.to(mean.device)
+        else:
+            # Once an optimizer step, also when that accumulates several batches.
+            factor = self._dual.update(torch.where(measured[2] > 0, mean, torch.nan))
+            self._weighted_at = module.trainer.global_step
+        module.log(f"cl/{self.term}_loss", mean, batch_size=1)
+        module.log(f"cl/{self.term}_weight", factor, batch_size=1)
+        return factor
+
+    @override
+    def on_task_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say whether the target was met."""
+        if self._dual is not None:
+            met, average, factor = self._dual.status()
+            if not met:
+                rank_zero_warn(
+                    f"`ActivationMarginRegularizer(target={self.target})` was not met: the loss ended at {average:.4g} with"
+                    f" a weight of {factor:.4g} (`max_weight={self.max_weight}`). Raise either, or lower the learning rate."
+                )
+
+    # ------------------------------------------------------------------- checkpoints
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """The reference (its states, or the hash of their file) and the weight's controller. Collective if sharded."""
+        module = self._attachment.module if self._attachment is not None else None
+        in_memory = self._states is not None and self.store is None
+        return {
+            **super().state_dict(),
+            "taken": self._taken,
+            "states": self._states.state_dict() if in_memory and self._states is not None else None,
+            "thresholds": dict(self._thresholds),
+            "copy": self._copy.state_dict(module),
+            "dual": None if self._dual is None else self._dual.state_dict(),
+            "weighted_at": self._weighted_at,
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take all of it back; a checkpoint that was written without this callback changes nothing."""
+        super().load_state_dict(state_dict)
+        if "taken" not in state_dict:
+            return
+        self._taken = state_dict["taken"]
+        states = state_dict["states"]
+        self._states = None if states is None else StateStore.from_state_dict(states)
+        self._thresholds = dict(state_dict["thresholds"])
+        self._limits.clear()
+        self._copy.load_state_dict(state_dict["copy"])
+        if self._dual is not None and state_dict["dual"] is not None:
+            self._dual.load_state_dict(state_dict["dual"])
+        self._weighted_at = state_dict["weighted_at"]
+
+
+def fixed_rows(sources: list[Any]) -> list[Row]:
+    """The rows of the sources that have the same ones in the whole task, in order; other sources have none.
+
+    Raises:
+        MisconfigurationException: if two different rows have one id.
+    """
+    rows: dict[str, Row] = {}
+    for source in sources:
+        found = source.fixed_rows() if hasattr(source, "fixed_rows") else []
+        if hasattr(source, "row"):
+            found = [source.row(index) for index in range(source.available())]
+        for row in found:
+            other = rows.setdefault(row_key(row), row)
+            if other is not row and rows_digest([other]) != rows_digest([row]):
+                raise MisconfigurationException(
+                    f"Two rows of the replay sources {[s.name for s in sources]} have the id {row_key(row)!r}, so their"
+                    " states cannot be told apart. Give one `GeneralSamples` all of the data."
+                )
+    return list(rows.values())
+
+
+def _full_name(module: pl.LightningModule, name: str) -> str:
+    return anatomy.name_of(module, anatomy.get_submodule(module, name))
+
+
+def _rows_of(tensor: Tensor, chosen: list[int], count: int) -> Tensor:
+    """Some of the ``count`` replay rows; as a rule all, and then without a copy."""
+    if len(chosen) == count:
+        return tensor
+    return tensor.index_select(0, to_device(torch.tensor(chosen, dtype=torch.long), tensor.device))
+
+
+def _tokenizer_name(trainer: pl.Trainer, module: pl.LightningModule) -> str:
+    """What is known of the tokenizer; what it made of the texts is in the rows' hash."""
+    for owner in (module, getattr(trainer, "datamodule", None)):
+        tokenizer = getattr(owner, "tokenizer", None)
+        if tokenizer is not None:
+            return (
+                f"{type(tokenizer).__name__}, {len(tokenizer)} tokens"
+                if hasattr(tokenizer, "__len__")
+                else str(tokenizer)
+            )
+    return "none"
