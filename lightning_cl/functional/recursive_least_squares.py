@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 __all__ = ["RecursiveLeastSquares"]
@@ -244,6 +245,32 @@ class RecursiveLeastSquares:
             self._columns = torch.cholesky_solve(cross, factor)
         self._counts[: other.num_classes] += other._counts.to(self.device)
         self._weight = None
+
+    def all_reduce(self, group: Any = None) -> None:
+        """Sum what all ranks have seen, on every rank, in place (``"cholesky"`` only). Collective.
+
+        Args:
+            group: A process group that carries tensors of the CPU; None: the default one.
+
+        Raises:
+            ValueError: With ``"woodbury"``, whose state is no sum.
+        """
+        if self.method == "woodbury":
+            raise ValueError(
+                "The recursion's state cannot be summed over ranks. Use `method='cholesky'`, or `merge` the ranks' objects."
+            )
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
+            return
+        device = self.device
+        classes = torch.tensor(self.num_classes)
+        dist.all_reduce(classes, op=dist.ReduceOp.MAX, group=group)
+        self.to("cpu")
+        self._allocate(torch.device("cpu"))
+        self._widen(int(classes))
+        for part in (self._matrix, self._columns, self._counts):
+            dist.all_reduce(part, group=group)
+        self._weight = None
+        self.to(device)
 
     # ------------------------------------------------------------------ choosing the ridge afterwards
 

@@ -114,6 +114,12 @@ class AdapterBank:
         marks = (f".lora_A.{name}.", f".lora_B.{name}.", f".lora_embedding_A.{name}", f".lora_embedding_B.{name}")
         return {n: p for n, p in self.model.named_parameters() if any(mark in n for mark in marks)}
 
+    def untrained(self, name: str) -> bool:
+        """Whether the adapter still changes nothing (its B is zero); True for a sharded model, which cannot tell."""
+        if weights.is_sharded(self.module):
+            return True
+        return not any(bool(p.detach().any()) for n, p in self.parameters(name).items() if "lora_B" in n)
+
     # ------------------------------------------------------------------ storing and restoring
 
     def snapshot(self, name: str) -> dict[str, Tensor]:

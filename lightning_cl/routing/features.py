@@ -132,14 +132,15 @@ def find_feature_layer(module: nn.Module, feature_layer: str | int = "auto") -> 
     Args:
         module: The LightningModule or network.
         feature_layer: ``"auto"`` for the block at an eighth of the depth (the paper's 4 of 32), a number of blocks L_f
-            for the output of the first L_f, or any submodule by name.
+            for the output of the first L_f, or any submodule by name. A network without a list of blocks counts its
+            layers with weights.
 
     Raises:
         MisconfigurationException: If there is no such layer, with the closest names, or no layer is left above it.
     """
     if isinstance(feature_layer, str) and feature_layer != "auto":
         return anatomy.name_of(module, anatomy.get_submodule(module, feature_layer))
-    blocks = anatomy.find_blocks(module)
+    blocks = _stages(module)
     count = max(1, round(len(blocks) / 8)) if feature_layer == "auto" else int(feature_layer)
     if not 1 <= count < len(blocks):
         raise MisconfigurationException(
@@ -148,6 +149,16 @@ def find_feature_layer(module: nn.Module, feature_layer: str | int = "auto") -> 
             " network."
         )
     return blocks[count - 1]
+
+
+def _stages(module: nn.Module) -> list[str]:
+    """The blocks in order; for a network without a list of blocks (a CNN), its layers that have weights."""
+    try:
+        return anatomy.find_blocks(module)
+    except MisconfigurationException:
+        prefix, network = anatomy.find_backbone(module)
+        leaves = [n for n, part in network.named_modules() if n and any(True for _ in part.parameters(recurse=False))]
+        return [f"{prefix}.{name}" if prefix else name for name in leaves]
 
 
 def shallow_modules(module: nn.Module, feature_layer: str) -> set[str]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_cl import anatomy
+from lightning_cl import anatomy, weights
 from lightning_cl.routing.adapters import AdapterBank
 from lightning_cl.routing.features import pool, prompt_mask
 from lightning_cl.routing.router import AnalyticRouter, Routes
@@ -28,6 +28,7 @@ class _Call:
     arguments: dict[str, Any] = field(default_factory=dict)
     depth: int = 0
     done: bool = False
+    routed_tokens: int = 0
 
     @property
     def cached_tokens(self) -> int:
@@ -51,8 +52,8 @@ class RoutedForward:
         router: The fitted router; None: nothing is routed.
         enabled: Whether to route in evaluation mode.
         last: Routes of the last pass that was routed.
-        labels: Labels of the batch that an evaluation loop is about to run, so that a module which computes its loss
-            itself is routed by its prompts, too.
+        prompt: Prompt tokens ``[B, P]`` of the batch that an evaluation loop is about to run, so that a module which
+            computes its loss or scores its options itself is routed by its prompts, too.
         on_routes: Called with the routes of each pass.
         on_hidden: Called with the feature layer's output and the arguments of the call, in every pass (training too).
     """
@@ -64,7 +65,7 @@ class RoutedForward:
         self.router: AnalyticRouter | None = None
         self.enabled = True
         self.last: Routes | None = None
-        self.labels: Tensor | None = None
+        self.prompt: Tensor | None = None
         self.on_routes: Callable[[Routes], None] | None = None
         self.on_hidden: Callable[[Tensor, dict[str, Any]], None] | None = None
         self._given: list[str] | str | None = None
@@ -72,6 +73,7 @@ class RoutedForward:
         self._call: _Call | None = None
         self._generating = 0
         self._kept: list[str] | None = None
+        self._kept_keys: tuple[int, Tensor] | None = None
         self._undo: list[Callable[[], None]] = []
 
     # ------------------------------------------------------------------ life
@@ -138,6 +140,46 @@ class RoutedForward:
         finally:
             self.enabled = before
 
+    @torch.no_grad()
+    def features(self, mask: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
+        """Pooled hidden states ``[B, D]`` of a call of the network, which stops at the feature layer.
+
+        A sharded network runs to its end, since every rank must gather every layer.
+
+        Args:
+            mask: bool ``[B, T]``, the prompts' tokens; None for all.
+            args: Arguments of the network (the backbone, for Hugging Face models), on any device.
+            kwargs: Likewise.
+        """
+        network = anatomy.find_backbone(self.module)[1]
+        layer = anatomy.get_submodule(self.module, self.feature_layer)
+        device = next(layer.parameters(), next(network.parameters())).device
+        to = [a.to(device) if isinstance(a, Tensor) else a for a in args]
+        named = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
+        stop, found = not weights.is_sharded(network), []
+
+        def capture(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            found.append(output[0] if isinstance(output, (tuple, list)) else output)
+            if stop:
+                raise _Reached
+
+        training = [part for part in self.module.modules() if part.training]
+        handle = layer.register_forward_hook(capture)
+        try:
+            for part in training:
+                part.training = False
+            with self.paused():
+                network(*to, **named)
+        except _Reached:
+            pass
+        finally:
+            handle.remove()
+            for part in training:
+                part.training = True
+        hidden = found[0]
+        mask = None if mask is None or hidden.ndim != 3 or mask.shape != hidden.shape[:2] else mask.to(device)
+        return pool(hidden, mask)
+
     # ------------------------------------------------------------------ hooks
 
     def _enter(self, names: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -152,10 +194,15 @@ class RoutedForward:
                 call.arguments.setdefault(name, value)
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._call is not None:
-            self._call.depth -= 1
-            if self._call.depth <= 0:
-                self._call = None
+        call = self._call
+        if call is None:
+            return
+        call.depth -= 1
+        if call.depth <= 0:
+            self._call = None
+            if call.routed_tokens and not self._generating:
+                keys = _last_keys(getattr(output, "past_key_values", None), call.routed_tokens)
+                self._kept_keys = None if keys is None else (call.routed_tokens, keys.clone())
 
     def _at_feature_layer(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         hidden = output[0] if isinstance(output, (tuple, list)) else getattr(output, "last_hidden_state", output)
@@ -181,9 +228,12 @@ class RoutedForward:
             return _repeated(names, rows)
         if self.router is None:
             return None
-        decoding = self._generating > 0 or call.cached_tokens > 0
-        if decoding and self._kept and rows % len(self._kept) == 0:
+        if self._kept and self._generating and rows % len(self._kept) == 0:
             return _repeated(self._kept, rows)
+        if self._kept and not self._generating and call.cached_tokens > 0:
+            return self._continued(rows, call.arguments["past_key_values"])
+        if hidden.ndim == 3:
+            call.routed_tokens = hidden.shape[1]
         self.last = self.router.route(pool(hidden, self._prompt(hidden, call.arguments)))
         self._kept = self.last.adapters
         if self.on_routes is not None:
@@ -197,11 +247,32 @@ class RoutedForward:
         if not (isinstance(mask, Tensor) and mask.shape == hidden.shape[:2]):
             mask = None
         _refuse_packed(hidden, mask, arguments.get("position_ids"))
-        if labels is None and self.labels is not None and not self._generating:
-            labels = self.labels
-        if not (isinstance(labels, Tensor) and labels.shape == hidden.shape[:2]):
-            labels = None
-        return prompt_mask(mask, labels)
+        if isinstance(labels, Tensor) and labels.shape == hidden.shape[:2]:
+            return prompt_mask(mask, labels)
+        known = None if self._generating else self.prompt
+        if known is not None and len(known) == len(hidden) and known.shape[1] <= hidden.shape[1]:
+            # Options that follow the prompts widen the call beyond the batch: they are no prompt.
+            prompt = torch.nn.functional.pad(known, (0, hidden.shape[1] - known.shape[1]))
+            return prompt if mask is None else prompt & mask.bool()
+        return prompt_mask(mask, None)
+
+    def _continued(self, rows: int, cache: Any) -> list[str]:
+        """The routes of rows that go on from cached prompts, in whatever order and number they were taken from there."""
+        assert self._kept is not None
+        keys = None if self._kept_keys is None else _last_keys(cache, self._kept_keys[0])
+        if keys is not None and self._kept_keys is not None and keys.shape[1:] == self._kept_keys[1].shape[1:]:
+            # The deepest key of a prompt's last token has seen the whole prompt: equal keys mean the same prompt.
+            same = (keys.unsqueeze(1) == self._kept_keys[1].unsqueeze(0)).all(dim=-1)
+            found, index = same.max(dim=1)
+            if bool(found.all()):
+                return [self._kept[i] for i in index.tolist()]
+        if rows == len(self._kept):
+            return self._kept
+        raise ValueError(
+            f"{rows} rows continue from a cache, but the {len(self._kept)} prompts that were routed last are not those of"
+            " the cache. Run the prompts and their continuations one batch after the other, or give the adapters"
+            " (`with routed.given(names)`)."
+        )
 
     def _at_adapter_layer(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # A user who names adapters in the call has PEFT's own hook after this one, which wins.
@@ -239,9 +310,22 @@ class RoutedForward:
         self._undo.append(handle.remove)
 
 
+def _last_keys(cache: Any, tokens: int) -> Tensor | None:
+    """The last layer's keys of token ``tokens - 1``, ``[rows, numbers]``, or None for a cache of another kind."""
+    layers = getattr(cache, "layers", None)
+    keys = getattr(layers[-1], "keys", None) if layers else None
+    if not isinstance(keys, Tensor) or keys.ndim != 4 or keys.shape[2] < tokens:
+        return None
+    return keys[:, :, tokens - 1].flatten(1)
+
+
 def _repeated(names: list[str], rows: int) -> list[str]:
     """One name a row, where generation made several rows (beams) of each sample, next to each other."""
     return [name for name in names for _ in range(rows // len(names))]
+
+
+class _Reached(Exception):
+    """Ends a pass at the feature layer."""
 
 
 def _refuse_packed(hidden: Tensor, mask: Tensor | None, positions: Any) -> None:
