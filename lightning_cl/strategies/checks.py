@@ -176,6 +176,11 @@ def groups(module: nn.Module, blocks: list[str]) -> list[str]:
             f"The trainable parameters have several dtypes ({', '.join(dtypes)}), but FSDP averages a block's gradients in"
             " one. Use `precision='bf16-true'`, or convert the module's parameters to one dtype."
         )
+    if scalars := [n for n, p in module.named_parameters() if p.dim() == 0 and p.requires_grad]:
+        problems.append(
+            f"{len(scalars)} trainable parameters are scalars (first: {scalars[0]}), which FSDP cannot shard. Give them the"
+            " shape `[1]`, or freeze them."
+        )
     places: dict[int, dict[str, str]] = {}
     for name, p in module.named_parameters(remove_duplicate=False):
         block = next((b for b in blocks if name.startswith(f"{b}.")), "")

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import lightning_cl  # noqa: F401
-from lightning_cl.strategies import CLSingleDeviceStrategy, QuantizationConfig
+from lightning_cl.strategies import CLSingleDeviceStrategy, QuantizationConfig, checks
 from lightning_cl.strategies.quantization import quantize
 from tests.helpers import models
 from tests.strategies import workers
@@ -200,11 +200,11 @@ def test_fp16_on_a_cpu_is_refused(tmp_path: Path) -> None:
         _trainer(tmp_path, precision="16-true").fit(workers.plain(), models.loader())
 
 
-def test_4bit_on_a_device_without_kernels_is_refused(tmp_path: Path) -> None:
-    trainer = _trainer(tmp_path, strategy="cl_single_device_4bit")
-    trainer.strategy._root_device = torch.device("mps")
+def test_4bit_on_a_device_without_kernels_is_refused() -> None:
+    strategy = CLSingleDeviceStrategy(quantization="nf4")
+    strategy._root_device = torch.device("mps")
     with pytest.raises(MisconfigurationException, match=r"4-bit layers were asked for on `mps`"):
-        trainer.fit(workers.plain(), models.loader())
+        checks.raise_together(checks.precision(strategy, strategy.quantization))
 
 
 def test_double_precision_with_4bit_is_refused(tmp_path: Path) -> None:

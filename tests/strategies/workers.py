@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +14,49 @@ import torch
 from torch import Tensor, nn
 
 import lightning_cl  # noqa: F401  (registers the strategies)
+from lightning_cl.strategies import CLFSDPStrategy
 from tests.helpers import models, spawn
 
+Scenario = Callable[[int, Path], Any]
 
-def plain(**kwargs: Any) -> pl.LightningModule:
+
+def run_scenarios(rank: int, folder: Path, scenarios: list[Scenario]) -> None:
+    """Run each scenario in turn (starting processes costs more than all of them) and save what it returns."""
+    results = {}
+    for scenario in scenarios:
+        name = scenario.__name__
+        here = folder / name
+        here.mkdir(exist_ok=True)
+        torch.manual_seed(0)
+        try:
+            results[name] = scenario(rank, here)
+        except Exception:
+            results[name] = traceback.format_exc()
+    spawn.save(folder, rank, results)
+
+
+def result(results: list[dict[str, Any]], name: str) -> list[Any]:
+    """Each rank's result of a scenario; fails with its traceback if it raised."""
+    for rank, found in enumerate(results):
+        if isinstance(found[name], str) and found[name].startswith("Traceback"):
+            raise AssertionError(f"rank {rank}: {found[name]}")
+    return [found[name] for found in results]
+
+
+def plain(
+    lora: bool = True,
+    also: tuple[str, ...] = ("lm_head", "norm", "embed_tokens"),
+    optimizer: str = "adamw",
+    **config: Any,
+) -> Any:
     """A module whose head, final norm and embedding train as well as its LoRA layers."""
-    lora = kwargs.pop("lora", True)
-    extra = kwargs.pop("also", ["lm_head", "norm", "embed_tokens"])
-    optimizer = kwargs.pop("optimizer", "adamw")
-    model = models.tiny_llama(**kwargs)
+    model = models.tiny_llama(**config)
     if lora:
         model = models.lora(model)
         for name, p in model.named_parameters():
-            if any(e in name for e in extra) and "layers" not in name:
+            if any(e in name for e in also) and "layers" not in name:
                 p.requires_grad_(True)
-    return models.PlainLM(model, optimizer=optimizer)
+    return models.PlainLM(model, lr=1e-3 if optimizer == "adamw" else 0.1, optimizer=optimizer)
 
 
 def whole(module: nn.Module, trainable: bool = True) -> dict[str, Tensor]:
@@ -40,26 +71,29 @@ def whole(module: nn.Module, trainable: bool = True) -> dict[str, Tensor]:
     }
 
 
-def trainer(folder: Path, **kwargs: Any) -> pl.Trainer:
+def strategy(**kwargs: Any) -> CLFSDPStrategy:
+    """FSDP that gives up soon, so that a hang fails instead of waiting."""
+    return CLFSDPStrategy(timeout=timedelta(seconds=90), **kwargs)
+
+
+def trainer(folder: Path, devices: int = 2, **kwargs: Any) -> pl.Trainer:
     """A quiet Trainer on CPUs."""
-    return models.trainer(folder, **{"strategy": "cl_fsdp", "devices": 2, "max_epochs": 1, "max_steps": -1, **kwargs})
+    kwargs.setdefault("strategy", "cl_fsdp" if devices > 1 else "cl_single_device")
+    return models.trainer(folder, **{"devices": devices, "max_epochs": 1, "max_steps": -1, **kwargs})
 
 
-def reset(t: pl.Trainer) -> None:
-    """What a task stream does between two fits of one Trainer."""
-    t.fit_loop.epoch_progress.reset()
-    t.fit_loop.epoch_loop.automatic_optimization.optim_progress.reset()
-    t.fit_loop.epoch_loop.reset()
+def rows_of_ranks(rows: int, batch: int, world: int, seed: int = 0) -> torch.utils.data.DataLoader:
+    """One process's loader whose batches hold what ``world`` ranks with batches of ``batch`` see in the same step."""
+    from torch.utils.data import DataLoader, DistributedSampler
+
+    data = models.TokenRows(rows, seed=seed)
+    parts = [list(DistributedSampler(data, world, r, shuffle=True, seed=0)) for r in range(world)]
+    order = [i for start in range(0, len(parts[0]), batch) for part in parts for i in part[start : start + batch]]
+    return DataLoader(data, batch_size=batch * world, sampler=order, collate_fn=models.collate)
 
 
-def fit_twice(rank: int, folder: Path, options: dict[str, Any]) -> None:
-    """Two fits of one module, then its weights, its gradients' memory, and a validation."""
-    module = plain()
-    t = trainer(folder, **options)
-    t.fit(module, models.loader(16, 4))
-    first = {n: type(p).__name__ for n, p in module.named_parameters()}
-    t2 = trainer(folder, **options)
-    t2.fit(module, models.loader(8, 4, seed=1))
-    assert {n: type(p).__name__ for n, p in module.named_parameters()} == first
-    val = t2.validate(module, models.loader(8, 4, seed=2), verbose=False)
-    spawn.save(folder, rank, {"weights": whole(module), "val": val[0]["val_loss"], "types": first})
+def close(first: dict[str, Tensor], second: dict[str, Tensor], atol: float = 1e-6) -> None:
+    """The two hold the same values up to the order of summation."""
+    assert first.keys() == second.keys()
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], atol=atol, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
