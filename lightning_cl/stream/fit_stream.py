@@ -64,7 +64,8 @@ def fit_stream(
         task_end_weights: ``"best"`` ends each task with the weights of ModelCheckpoint's best score, not the last ones.
 
     Returns:
-        The task matrix. A stream that is already finished returns it at once.
+        The task matrix. On a stream that is already finished nothing is trained or evaluated: model and callbacks are
+        restored, and the matrix is returned.
 
     Raises:
         MisconfigurationException: before training, for whatever cannot work; see :class:`TaskStream` and :class:`Task`.
@@ -114,9 +115,7 @@ class _Run:
         if path is not None:
             self._read_row(path)
             if stream.current_index == last and path.name == files.TASK_END and not self._unscored(last):
-                rank_zero_info(f"The stream of {last + 1} tasks is finished ({path}).")
-                stream.resume, stream.stage = None, last
-                return stream.matrix()
+                rank_zero_info(f"The stream of {last + 1} tasks is finished; its end is restored from {path}.")
         with self._in_charge():
             if path is None:
                 self._evaluate(-1)
