@@ -228,8 +228,11 @@ def scatter(
 
 
 def _copy(targets: list[Tensor], values: list[Tensor]) -> None:
+    # A graph of before the swap (replay rows in a pass of their own) runs its backward when the values are back, so the
+    # exchange must not count as a change. FSDP does the same with the storage of its parameters.
     if targets:
-        torch._foreach_copy_(targets, values)
+        with torch.autograd._unsafe_preserve_version_counter(tuple(targets)):
+            torch._foreach_copy_(targets, values)
 
 
 class _Group:

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two processes, DDP or FSDP2, average and replay as one process does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from torch import Tensor
+
+from lightning_cl import weights
+from lightning_cl.callbacks import LoRAInterpolator, ReplayMixer
+from lightning_cl.replay import EpisodicMemory
+from tests.helpers import models, spawn
+
+
+class Sharded(models.PlainLM):
+    """Blocks and then the network are FSDP2 groups; LoRA, head, final norm and embedding are trained."""
+
+    def configure_model(self) -> None:
+        from torch.distributed.fsdp import FSDPModule, fully_shard
+
+        network = self.model.get_base_model()
+        if self.device_mesh is None or isinstance(self.model, FSDPModule):
+            return
+        mesh = self.device_mesh["data_parallel"]
+        for block in network.model.layers:
+            fully_shard(block, mesh=mesh)
+        fully_shard(self.model, mesh=mesh)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        # With a state: Lightning cannot load the empty one of plain SGD into a sharded model.
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=self.lr, momentum=0.5)
+
+
+def _loader(processes: int, rank: int, rows: int, batch_size: int, seed: int) -> torch.utils.data.DataLoader:
+    """Every ``processes``-th row from ``rank`` on, so that a step of all processes sees what one process sees."""
+    rows_of_rank = torch.utils.data.Subset(models.TokenRows(rows, seed=seed), range(rank, rows, processes))
+    return torch.utils.data.DataLoader(rows_of_rank, batch_size // processes, collate_fn=models.collate)
+
+
+class Seen(Callback):
+    """The weights while validation runs."""
+
+    def __init__(self) -> None:
+        self.validated: dict[str, Tensor] = {}
+
+    def on_validation_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        weights.reshard(pl_module)
+        parameters = weights.trainable(pl_module)
+        shards = {n: weights.local(p) for n, p in parameters.items()}
+        self.validated = weights.gather(pl_module, shards, parameters, everywhere=True)
+
+
+def _module(everything: bool) -> Sharded:
+    model = models.lora(models.tiny_llama(tie_word_embeddings=True), r=3)
+    if everything:
+        for name, parameter in model.named_parameters():
+            if any(part in name for part in ("embed_tokens", "norm")):
+                parameter.requires_grad_(True)
+    return Sharded(model, lr=0.1)
+
+
+def _run(folder: Path, processes: int, rank: int, strategy: Any, everything: bool, ckpt: str | None = None) -> dict[str, Any]:
+    """Two tasks with replay in the second; ``ckpt`` resumes in its middle, with everything built anew."""
+    module, mixer, seen = _module(everything), ReplayMixer(EpisodicMemory(16), rows_per_batch=2 // processes), Seen()
+    callback = LoRAInterpolator(half_life=0.4, consistency_weight=2.0, layers="all")
+    saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=2, save_top_k=-1)
+    for task in (0, 1) if ckpt is None else (1,):
+        trainer = models.trainer(
+            folder,
+            callbacks=[mixer, callback, seen, *([saver] if task else [])],
+            enable_checkpointing=bool(task),
+            devices=processes,
+            strategy=strategy() if callable(strategy) else strategy,
+            max_steps=-1,
+            max_epochs=2,
+            use_distributed_sampler=False,
+        )
+        data = [_loader(processes, rank, rows, 4, seed) for rows, seed in ((16, task), (4, 9))]
+        trainer.fit(module, *data, ckpt_path=ckpt, weights_only=bool(ckpt))
+    parameters = weights.trainable(module)
+    final = weights.gather(module, {n: weights.local(p) for n, p in parameters.items()}, parameters, everywhere=True)
+    average = callback._average
+    return {
+        "slow": weights.gather(module, average.shards, average.parameters, everywhere=True),
+        "final": final,
+        "validated": seen.validated,
+        "elements": sum(shard.numel() for shard in average.shards.values()),
+        "loss": trainer.callback_metrics["cl/consistency"],
+    }
+
+
+def _fsdp2() -> Any:
+    from lightning.pytorch.strategies import ModelParallelStrategy
+
+    return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=False)
+
+
+def _worker(rank: int, folder: Path) -> None:
+    fsdp2 = _run(folder / "fsdp2", 2, rank, _fsdp2, everything=True)
+    resumed = _run(folder / "resumed", 2, rank, _fsdp2, everything=True, ckpt=str(folder / "fsdp2" / "step=4.ckpt"))
+    ddp = _run(folder / "ddp", 2, rank, "ddp", everything=False)
+    spawn.save(folder, rank, {"fsdp2": fsdp2, "resumed": resumed, "ddp": ddp})
+
+
+def _assert_close(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    assert got.keys() == wanted.keys()
+    for name in wanted:
+        torch.testing.assert_close(got[name], wanted[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    spawn.run(_worker, 2, tmp_path)
+    ranks = spawn.load(tmp_path)
+    for strategy, everything in (("fsdp2", True), ("ddp", False)):
+        one = _run(tmp_path / f"one_{strategy}", 1, 0, "auto", everything)
+        for got in ranks:
+            for part in ("slow", "final", "validated"):
+                _assert_close(got[strategy][part], one[part])
+        if strategy == "fsdp2":
+            # Each rank holds its shards alone.
+            assert sum(got[strategy]["elements"] for got in ranks) == one["elements"]
+            assert max(got[strategy]["elements"] for got in ranks) < 0.55 * one["elements"]
+    for got in ranks:
+        for part in ("slow", "final"):
+            assert all(torch.equal(got["resumed"][part][n], t) for n, t in got["fsdp2"][part].items())
+    whole = torch.load(tmp_path / "fsdp2" / "step=4.ckpt", weights_only=True)["callbacks"]["LoRAInterpolator"]["slow"]
+    expected = weights.trainable(_module(everything=True))
+    assert {name: tensor.shape for name, tensor in whole.items()} == {n: p.shape for n, p in expected.items()}
