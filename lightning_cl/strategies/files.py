@@ -22,6 +22,7 @@ _MAGIC = b"lightning-cl sha256:"
 _TRAILER = len(_MAGIC) + 64
 _END_OF_ARCHIVE = b"PK\x05\x06"
 _NUMPY = "__lightning_cl_numpy__"
+_BYTES = "__lightning_cl_bytes__"
 _BLOCK = 1 << 22
 
 
@@ -171,13 +172,15 @@ def file_digest(path: Path) -> str:
 def to_safe(value: Any) -> Any:
     """Copy nested containers into types that ``torch.load(weights_only=True)`` reads, tensors and numbers unchanged.
 
-    NumPy arrays become tagged tensors, NumPy numbers and enumerations plain ones, paths strings.
+    NumPy arrays and bytes become tagged tensors, NumPy numbers and enumerations plain ones, paths strings.
 
     >>> from pathlib import Path
     >>> to_safe({"folder": Path("a/b"), "order": deque([1, 2])})
     {'folder': 'a/b', 'order': [1, 2]}
     """
-    if isinstance(value, Tensor | str | bytes | bool | int | float | complex | type(None)):
+    if isinstance(value, bytes | bytearray):
+        return {_BYTES: torch.tensor(list(value), dtype=torch.uint8)}
+    if isinstance(value, Tensor | str | bool | int | float | complex | type(None)):
         if isinstance(value, Enum):
             return value.value
         return value
@@ -206,6 +209,8 @@ def from_safe(value: Any) -> Any:
     if isinstance(value, dict):
         if value.keys() == {_NUMPY}:
             return value[_NUMPY].numpy().copy()
+        if value.keys() == {_BYTES}:
+            return value[_BYTES].numpy().tobytes()
         for key in value:
             value[key] = from_safe(value[key])
         return value

@@ -196,7 +196,9 @@ def test_unfreezing_a_quantized_layer_is_refused(tmp_path: Path) -> None:
 
 
 def test_fp16_on_a_cpu_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(MisconfigurationException, match=r"`precision='16-true'` computes in float16, .* Use .precision='bf16-true'"):
+    with pytest.raises(
+        MisconfigurationException, match=r"`precision='16-true'` computes in float16, .* Use .precision='bf16-true'"
+    ):
         _trainer(tmp_path, precision="16-true").fit(workers.plain(), models.loader())
 
 
