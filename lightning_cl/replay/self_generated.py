@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -179,6 +180,7 @@ class SelfGenerated(ReplaySource):
         self._anchor_task = -1
         self._trainer: pl.Trainer | None = None
         self._module: pl.LightningModule | None = None
+        self._last_module: weakref.ref[pl.LightningModule] | None = None
         self._task_index = 0
         self._bos: int | None = None
         self._tokenizer: Any = None
@@ -221,7 +223,8 @@ class SelfGenerated(ReplaySource):
 
     def start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, attachment: Attachment) -> None:
         """Make this task's pool, if it is due."""
-        self._trainer, self._module = trainer, pl_module
+        self._trainer, self._module, self._looked_at = trainer, pl_module, -1
+        self._last_module = weakref.ref(pl_module)
         self._anchor.rebind()
         if trainer.ckpt_path is None:
             self._refill_if_due()
@@ -291,10 +294,9 @@ class SelfGenerated(ReplaySource):
         if self.prompts == "past_tasks" and not self._prefixes:
             return
         new_task = self._task != self._task_index
-        stale = self.refresh == "every_n_steps" and self._trainer.global_step - self._made_at >= (
-            self.every_n_steps or 0
-        )
-        if not self._pool or (new_task and self.refresh != "once") or (not new_task and stale):
+        stale = self.every_n_steps is not None and self._trainer.global_step - self._made_at >= self.every_n_steps
+        used_up = self.reuse is not None and self._use.exceeds(len(self._pool) * self.reuse)
+        if not self._pool or (new_task and self.refresh != "once") or stale or used_up:
             self._refill()
 
     @property
@@ -432,7 +434,8 @@ class SelfGenerated(ReplaySource):
             "prefix_rows": self._prefix_rows,
             "prefixes": {task: list(prefix) for task, prefix in self._prefixes.items()},
             "anchor_task": self._anchor_task,
-            "anchor": self._anchor.state_dict(self._module),
+            # Also between two fits: the shards' layout is that of the module they came from.
+            "anchor": self._anchor.state_dict(self._last_module() if self._last_module is not None else None),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
