@@ -4,7 +4,10 @@
 import importlib
 from typing import Any
 
-import lightning_cl.strategies as strategies
+try:  # TEMPORARY while strategies are being written
+    import lightning_cl.strategies as strategies
+except ImportError:
+    pass
 
 __version__ = "0.1.0.dev0"
 
