@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 
 _SUFFIX = re.compile(r"^(?P<name>.+)/dataloader_idx_(?P<index>\d+)$")
+_PREFIX = re.compile(r"^(val|valid|validation|test)([_/])")
 
 
 def logged_for(names: Iterable[str], loader: int, loaders: int) -> dict[str, str]:
@@ -42,9 +43,9 @@ def find_score(
     """The name under which a task's score was logged, or the reason why there is none.
 
     In this order: ``metric`` (the monitor's; ``{task}`` in it stands for the task's name and ``{metric}`` for the
-    task's own metric), the task's own metric (``accuracy`` matches ``accuracy``, ``val_accuracy`` and
-    ``test/accuracy``), the only metric logged for the loader. A metric that is not there is not replaced: the steps
-    after it are taken only when it was not given, or, for a task with a metric of its own, when that is another one.
+    task's own metric), the same name with the other loop's prefix (``val_acc`` in a test loop is ``test_acc``), the
+    task's own metric (``accuracy`` matches ``accuracy``, ``val_accuracy`` and ``test/accuracy``), and, where no
+    ``metric`` is asked for, the only metric logged for the loader.
 
     Args:
         logged: what Lightning logged, by name.
@@ -65,17 +66,17 @@ def find_score(
         "several metrics were logged for 'news' (acc, loss): name one"
     """
     own = logged_for(logged, loader, loaders)
+    fitting = [name for name in own if task_metric is not None and _fits(name, task_metric)]
     if metric is not None:
         wanted = metric.replace("{task}", task).replace("{metric}", task_metric or "")
-        if wanted in own:
-            return own[wanted], ""
-        if "{task}" in metric and wanted in logged:
-            return wanted, ""
-        fitting = _fitting(own, task_metric)
-        if task_metric is not None and len(fitting) == 1 and not _fits(wanted, task_metric):
+        for name in (wanted, _twin(wanted)):
+            if name in own:
+                return own[name], ""
+            if "{task}" in metric and name in logged:
+                return name, ""
+        if len(fitting) == 1:
             return own[fitting[0]], ""
         return None, f"nothing logs {wanted!r} for {task!r} (logged: {', '.join(sorted(own)) or 'nothing'})"
-    fitting = _fitting(own, task_metric)
     if len(fitting) == 1:
         return own[fitting[0]], ""
     if len(own) == 1:
@@ -85,9 +86,25 @@ def find_score(
     return None, f"several metrics were logged for {task!r} ({', '.join(sorted(own))}): name one"
 
 
+def label_of(name: str, task: str) -> str:
+    """What a logged metric is called whatever loop logs it: without Lightning's suffix, the loop and the task.
+
+    Example:
+        >>> label_of("val_acc/dataloader_idx_3", "news"), label_of("test/news/rouge_l", "news")
+        ('acc', 'rouge_l')
+    """
+    match = _SUFFIX.match(name)
+    bare = _PREFIX.sub("", match["name"] if match else name)
+    return re.sub(rf"(^|[_/]){re.escape(task)}(?=$|[_/])", "", bare).strip("/_") or bare
+
+
+def _twin(name: str) -> str:
+    match = _PREFIX.match(name)
+    if match is None:
+        return name
+    return f"{'test' if match[1].startswith('val') else 'val'}{match[2]}{name[match.end():]}"
+
+
 def _fits(name: str, metric: str) -> bool:
     return name == metric or name.endswith(("_" + metric, "/" + metric))
 
-
-def _fitting(own: Mapping[str, str], metric: str | None) -> list[str]:
-    return [name for name in own if metric is not None and _fits(name, metric)]

@@ -121,6 +121,9 @@ class TaskMatrix(Metric):
                 metric=(metrics or {}).get(task),
             )
         self._index: dict[tuple[int, ...], int] = {}
+        # The decoded cells, valid as long as the states hold these very tensors.
+        self._seen: list[Tensor] = []
+        self._seen_table: dict[tuple[int, str], Score] = {}
         for state in _STATES:
             self.add_state(state, default=[], dist_reduce_fx="cat", persistent=True)
 
@@ -160,6 +163,16 @@ class TaskMatrix(Metric):
                 f"`normalise` gives task {task!r} the scale from {low} (worst) to {high} (best), but its mode is"
                 f" {self.mode_of(task)!r}. Turn the range round, or correct the task's mode in `modes`."
             )
+
+    def add_task(self, task: str) -> None:
+        """Make a name known before its first score, so that names learnt on the way keep their order.
+
+        Raises:
+            ValueError: if the matrix was made with other ``tasks``.
+        """
+        self._check_names("add_task", [task])
+        if self.declared is None:
+            self._learn(task)
 
     def update(
         self,
@@ -355,9 +368,9 @@ class TaskMatrix(Metric):
         )
         if not saved["declared"]:
             for task in saved["tasks"]:
-                matrix._learn(task)
+                matrix.add_task(task)
         for entry in saved["scores"]:
-            matrix.update(entry["stage"], entry["task"], entry["value"], entry["rows"], entry.get("scores"))
+            matrix.update(entry["stage"], entry["task"], float(entry["value"]), entry["rows"], entry.get("scores"))
             if entry["interval"] is not None and "scores" not in entry:
                 matrix.values[-1][1:] = torch.tensor(entry["interval"], dtype=torch.float64)
         return matrix
@@ -368,11 +381,12 @@ class TaskMatrix(Metric):
         self.reasons = {}
         result: dict[str, Any] = {}
         table = self._table()
-        matrix = torch.full((count + 1, count), math.nan, dtype=torch.float64)
-        for j, task in enumerate(self.train_tasks[:count]):
-            for stage in range(-1, count):
-                if (stage, task) in table:
-                    matrix[stage + 1, j] = self._better(task, table[stage, task].value)
+        tasks = self.train_tasks[:count]
+        rows = [
+            [self._better(t, table[stage, t].value) if (stage, t) in table else math.nan for t in tasks]
+            for stage in range(-1, count)
+        ]
+        matrix = torch.tensor(rows, dtype=torch.float64).reshape(count + 1, count)
         for name in figures.NAMES:
             reason = self._undefined(name, count, table)
             if reason:
@@ -492,6 +506,9 @@ class TaskMatrix(Metric):
     def _table(self) -> dict[tuple[int, str], Score]:
         if not len(self.cells):
             return {}
+        held = [*self.cells, *self.values]
+        if len(held) == len(self._seen) and all(a is b for a, b in zip(held, self._seen, strict=True)):
+            return dict(self._seen_table)
         cells = flat(self.cells).view(-1, 5).tolist()
         values = flat(self.values).view(-1, 3).tolist()
         scores = flat(self.row_scores).cpu()
@@ -506,7 +523,10 @@ class TaskMatrix(Metric):
             offset += size
         order = {task: position for position, task in enumerate(self.tasks)}
         places = sorted(parts, key=lambda cell: (cell[0], order[cell[1]]))
-        return {place: join(list(parts[place].values())) for place in places}
+        table = {place: join(list(parts[place].values())) for place in places}
+        if isinstance(self.cells, list):
+            self._seen, self._seen_table = held, table
+        return dict(table)
 
     def _sync_dist(self, dist_sync_fn: Any = None, process_group: Any = None) -> None:
         # A rank without scores joins with empty tensors of the states' own dtypes: the gather needs equal ones.

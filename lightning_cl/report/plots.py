@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+# Beyond this many cells their numbers could not be read, and drawing them would take longer than a small task.
+_MOST_CELLS = 400
+
+
 def heat_map(matrix: TaskMatrix, title: str = "Task matrix") -> Figure:
     """The matrix as a heat map: a row per stage, a column per task, darker is better within a kind of metric.
 
@@ -27,7 +31,15 @@ def heat_map(matrix: TaskMatrix, title: str = "Task matrix") -> Figure:
     shades = display.shades(matrix)
     from matplotlib.patches import Rectangle
 
-    for (stage, task), score in matrix.scores().items():
+    known = matrix.scores()
+    numbers = len(known) <= _MOST_CELLS
+    if not numbers:
+        from matplotlib.colors import to_rgb
+
+        pixels = [[to_rgb(display.ramp(shades.get((s, t), 0.0))) for t in columns] for s in stages]
+        axes.imshow(pixels, extent=(0, len(columns), len(stages), 0), aspect="auto", interpolation="nearest")
+        columns = {task: j for j, task in enumerate(columns)}
+    for (stage, task), score in known.items() if numbers else ():
         share = shades.get((stage, task), 0.0)
         x, y = columns[task], stages.index(stage)
         axes.add_patch(Rectangle((x, y), 1, 1, facecolor=display.ramp(share), edgecolor="white", linewidth=1.5))
@@ -44,19 +56,24 @@ def heat_map(matrix: TaskMatrix, title: str = "Task matrix") -> Figure:
     axes.set_xlim(0, max(columns.values(), default=0) + 1)
     axes.set_ylim(max(len(stages), 1), 0)
     axes.set_yticks([i + 0.5 for i in range(len(stages))], [display.stage_label(matrix, stage) for stage in stages])
-    labels = [f"{task}\n{_note(matrix, task)}" for task in columns]
-    axes.set_xticks([x + 0.5 for x in columns.values()], labels, fontsize=8)
+    labels = [f"{task}\n{_note(matrix, task)}" if numbers else task for task in columns]
+    size, rotation = (8, 0) if numbers else (5, 90)
+    axes.set_xticks([x + 0.5 for x in columns.values()], labels, fontsize=size, rotation=rotation)
+    if not numbers:
+        axes.tick_params(axis="y", labelsize=5)
     axes.tick_params(length=0)
     for spine in axes.spines.values():
         spine.set_visible(False)
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
+    if numbers:
+        axes.set_xlabel("framed: the task just learnt; darker: better; ±: 95 % bootstrap over the test rows", fontsize=7)
     return figure
 
 
 def curves(matrix: TaskMatrix, title: str = "Each task over the stages") -> Figure:
     """Each task's score after each stage, with intervals; a panel per kind of metric, the stage that learnt it marked."""
     panels = _panels({"": matrix})
-    figure = _figure(2.2 + 0.8 * max(len(matrix.stages), 4), 0.6 + 2.6 * max(len(panels), 1))
+    figure = _figure(2.2 + 0.8 * min(max(len(matrix.stages), 4), 16), 0.6 + 2.6 * max(len(panels), 1))
     for row, (label, tasks) in enumerate(panels.items(), 1):
         axes = figure.add_subplot(max(len(panels), 1), 1, row)
         for task in tasks:
@@ -69,7 +86,8 @@ def curves(matrix: TaskMatrix, title: str = "Each task over the stages") -> Figu
                     y = score.value * display.scale_of(matrix, task)
                     axes.plot([stage], [y], "o", markersize=8, markerfacecolor="white", markeredgecolor=colour, zorder=4)
         _stage_axis(axes, matrix, label)
-        axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        if len(tasks) <= 20:
+            axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
         if row == 1:
             axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
     return figure
@@ -107,14 +125,15 @@ def _line(axes: Any, matrix: TaskMatrix, task: str, **style: Any) -> None:
     known = [(stage, score) for stage, score in points if score is not None and math.isfinite(score.value)]
     axes.plot([s for s, _ in known], [v.value * scale for _, v in known], marker="o", markersize=3.5, linewidth=1.6, **style)
     bars = [(s, v.interval) for s, v in known if v.interval is not None]
-    if bars:
+    if bars and len(matrix.tasks) <= 20:
         low, high = [e[0] * scale for _, e in bars], [e[1] * scale for _, e in bars]
         axes.fill_between([s for s, _ in bars], low, high, color=style["color"], alpha=0.10, linewidth=0)
 
 
 def _stage_axis(axes: Any, matrix: TaskMatrix, label: str, size: float = 8) -> None:
     names = ["before" if s < 0 else display.stage_label(matrix, s).removeprefix("after ") for s in matrix.stages]
-    axes.set_xticks(matrix.stages, names, fontsize=size, rotation=0 if len(names) <= 5 else 30)
+    every = max(1, len(names) // 20)
+    axes.set_xticks(matrix.stages[::every], names[::every], fontsize=size, rotation=0 if len(names) <= 5 else 30)
     axes.tick_params(axis="y", labelsize=8)
     axes.set_ylabel(label, fontsize=size)
     axes.grid(axis="y", color="#e5e8eb", linewidth=0.8)

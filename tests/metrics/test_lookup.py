@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 
 from lightning_cl.metrics import find_score
+from lightning_cl.metrics.lookup import label_of
 
 TWO = {
     "val_acc/dataloader_idx_0": 0.1,
@@ -24,6 +25,8 @@ TWO = {
         (1, 2, "val_{metric}", "loss", "val_loss/dataloader_idx_1"),
         # A probe measured by its loss beside tasks measured by accuracy: its own metric stands in.
         (1, 2, "val_rouge_l", "loss", "val_loss/dataloader_idx_1"),
+        # What the validation loop calls val_acc, the test loop calls test_acc.
+        (0, 2, "test_acc", None, "val_acc/dataloader_idx_0"),
         (1, 2, None, "acc", "val_acc/dataloader_idx_1"),
         (0, 2, None, None, "val_acc/dataloader_idx_0"),
     ],
@@ -39,8 +42,6 @@ def test_found(loader, loaders, metric, own, expected) -> None:
         (0, 2, "train_loss", None, "nothing logs 'train_loss'"),
         (1, 2, None, None, "several metrics were logged for 'news' (val_acc, val_loss): name one"),
         (2, 3, None, None, "nothing was logged for 'news'"),
-        # The wanted name is the task's own metric under a prefix nothing logs: another loop's value does not stand in.
-        (1, 2, "test_loss", "loss", "nothing logs 'test_loss'"),
     ],
 )
 def test_not_found(loader, loaders, metric, own, reason) -> None:
@@ -52,3 +53,9 @@ def test_not_found(loader, loaders, metric, own, reason) -> None:
 def test_one_loader_has_no_suffix() -> None:
     assert find_score({"acc": 0.5}, 0, 1, "a", "acc") == ("acc", "")
     assert find_score({"acc": 0.5}, 0, 1, "a") == ("acc", "")
+
+
+def test_label_is_the_same_in_both_loops() -> None:
+    assert label_of("val_acc/dataloader_idx_0", "news") == label_of("test_acc/dataloader_idx_4", "news") == "acc"
+    assert label_of("news/acc", "news") == "acc"
+    assert label_of("news", "news") == "news"
