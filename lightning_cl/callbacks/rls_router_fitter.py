@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_cl import anatomy, distributed
-from lightning_cl.attachment import Step, replay_rows
+from lightning_cl.attachment import Step
 from lightning_cl.callbacks.base import ContinualCallback
 from lightning_cl.checkpoints import peek_callback_state
 from lightning_cl.replay.rows import layout_of
@@ -124,6 +124,7 @@ class RLSRouterFitter(ContinualCallback):
         self._batch: Any = None  # the training batch whose features are still to come
         self._frozen: list[nn.Module] = []
         self._true_task: str | None = None
+        self._undo_hook: tuple[pl.LightningModule, Any] | None = None
 
     # ------------------------------------------------------------------ what users read
 
@@ -190,6 +191,7 @@ class RLSRouterFitter(ContinualCallback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Before training, prepare the task; before an evaluation, make room for the checkpoint's adapters."""
+        self._before_weights_load(trainer, pl_module)
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             self._when_built(pl_module, lambda: self._connect(trainer, pl_module))
@@ -219,6 +221,24 @@ class RLSRouterFitter(ContinualCallback):
 
         # Lightning asks whether the hook is overridden by looking at its code.
         object.__setattr__(pl_module, "configure_model", configure_model)
+
+    def _before_weights_load(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Make room for a checkpoint's adapters before its weights are loaded: Lightning restores callbacks after."""
+        original = pl_module.on_load_checkpoint
+
+        def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
+            state = checkpoint.get("callbacks", {}).get(self.state_key)
+            if state and self._bank is not None:
+                for number in range(int(state["router"]["allocated"])):
+                    self._bank.add(_adapter_name(number))
+                if trainer.state.fn == "fit":
+                    task = state["clock"]["completed"] if self._stream_index is None else self._stream_index
+                    self._bank.add(_adapter_name(task))
+                    self._bank.activate(_adapter_name(task))
+            original(checkpoint)
+
+        object.__setattr__(pl_module, "on_load_checkpoint", on_load_checkpoint)
+        self._undo_hook = (pl_module, on_load_checkpoint)
 
     def _connect(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the parts of this module, and give it an adapter for each task that is known."""
@@ -251,8 +271,7 @@ class RLSRouterFitter(ContinualCallback):
             name
             for name, part in pl_module.named_modules()
             if name in shallow_modules(pl_module, self._routed.feature_layer)
-            for _, p in part.named_parameters(recurse=False)
-            if p.requires_grad and not _in_adapter(name)
+            if not _in_adapter(name) and any(p.requires_grad for p in part.parameters(recurse=False))
         ]
         if self._bank is None:
             if trained_below:
@@ -345,10 +364,15 @@ class RLSRouterFitter(ContinualCallback):
         # Reference passes run without gradients; checkpointed blocks run again in backward, when the batch is taken.
         if self._batch is None or not torch.is_grad_enabled():
             return
-        rows = _task_rows(hidden, self._batch, arguments)
+        rows = _task_rows(hidden, self._batch, arguments, self._joined_rows())
         if rows is not None:
             self._batch = None
             self._statistics.observe(rows, self._column(self._adapter()))
+
+    def _joined_rows(self) -> int:
+        """How many rows at the end of the training batch are replayed ones."""
+        step = self.attachment.step
+        return step.replay.count if step is not None and step.replay.layout == "joined" else 0
 
     def _collect_general(self, step: Step) -> None:
         replay, layer = step.replay, self.routed.feature_layer
@@ -391,6 +415,11 @@ class RLSRouterFitter(ContinualCallback):
         self._stop_listening()
 
     def _stop_listening(self) -> None:
+        if self._undo_hook is not None:
+            owner, hook = self._undo_hook
+            if vars(owner).get("on_load_checkpoint") is hook:
+                object.__delattr__(owner, "on_load_checkpoint")
+            self._undo_hook = None
         self._batch, self._frozen = None, []
         if self._routed is not None:
             self._routed.on_hidden, self._routed.on_routes, self._routed.prompt = None, None, None
@@ -595,11 +624,10 @@ def _in_adapter(name: str) -> bool:
     return "lora_" in name
 
 
-def _task_rows(hidden: Tensor, batch: Any, arguments: Mapping[str, Any]) -> Tensor | None:
+def _task_rows(hidden: Tensor, batch: Any, arguments: Mapping[str, Any], replay: int) -> Tensor | None:
     """Pooled hidden states of the batch's task rows, ``[N, D]``; None if the call was not on the whole batch."""
     fields = {**{k: v for k, v in arguments.items() if isinstance(v, Tensor) and v.ndim == 2}, **text_fields(batch)}
     layout = layout_of(batch)
-    replay = int(replay_rows(batch).sum())
     mask = prompt_mask(fields.get("attention_mask"), fields.get("labels"))
     if mask is not None and (hidden.ndim != 3 or mask.shape != hidden.shape[:2]):
         mask = None

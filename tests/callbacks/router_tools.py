@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tasks that a tiny model tells apart, and what the processes of the router's distributed tests do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_cl.callbacks import RLSRouterFitter
+from tests.helpers import models, spawn
+
+DIM = 64
+
+
+class TaskRows(Dataset):
+    """Rows of prompt and answer. Tasks use their own tokens, or (``shared``) the same frame around own tokens."""
+
+    def __init__(self, task: int, rows: int = 16, shared: bool = False, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(100 * task + seed)
+        self.rows = []
+        for _ in range(rows):
+            n = int(torch.randint(4, 9, (1,), generator=generator))
+            prompt = 4 + 40 * task + torch.randint(6, (n,), generator=generator)
+            if shared:
+                frame = torch.arange(120, 126)  # the same instruction in every task
+                prompt = torch.cat([frame, prompt, frame.flip(0)])
+            answer = torch.full((2,), 4 + 40 * task)
+            ids = torch.cat([prompt, answer])
+            labels = torch.cat([torch.full_like(prompt, -100), answer])
+            self.rows.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return self.rows[index]
+
+
+def loader(task: int, batch_size: int = 4, cls: Any = DataLoader, **kwargs: Any) -> Any:
+    return cls(TaskRows(task, **kwargs), batch_size=batch_size, collate_fn=models.collate)
+
+
+def module(lr: float = 0.3, layers: int = 3, **config: Any) -> models.PlainLM:
+    return models.PlainLM(models.lora(models.tiny_llama(num_hidden_layers=layers), **config), lr=lr)
+
+
+def fitter(**kwargs: Any) -> RLSRouterFitter:
+    return RLSRouterFitter(**{"expansion_dim": DIM, "ridge": 1e-3, **kwargs})
+
+
+def fit(folder: Path, router: Any, lm: Any, task: int, rows: dict[str, Any] | None = None, **kwargs: Any) -> Any:
+    settings = {"max_epochs": 1, "max_steps": -1, **kwargs}
+    callbacks = [*settings.pop("callbacks", []), router]
+    trainer = models.trainer(folder, callbacks=callbacks, **settings)
+    trainer.fit(lm, loader(task, **(rows or {})))
+    return trainer
+
+
+def mixed(rows: int = 6) -> dict[str, Tensor]:
+    """A batch with rows of all three tasks in turn."""
+    sets = [TaskRows(task, seed=7) for task in range(3)]
+    return models.collate([sets[i % 3][i] for i in range(rows)])
+
+
+def adapters(router: RLSRouterFitter) -> dict[str, Tensor]:
+    """Whole weights of every adapter, as they are in the model."""
+    bank = router._bank
+    return {name: value for k in range(3) for name, value in bank.snapshot(f"task_{k}").items()}
+
+
+def three_tasks(rank: int, folder: Path, strategy: str, precision: str, save: bool) -> None:
+    """Fit three tasks in two processes with one Trainer a task; tell what this rank holds at the end."""
+    import lightning_cl  # noqa: F401  (registers the strategies)
+
+    sharded = "fsdp" in strategy
+    lm, router = module(), fitter(max_tasks=3 if sharded else None)
+    for task in range(3):
+        settings: dict[str, Any] = {"strategy": strategy, "devices": 2, "precision": precision}
+        last = fit(folder, router, lm, task, **settings)
+    if save:
+        last.save_checkpoint(folder / "last.ckpt")
+    batch = mixed()
+    lm.eval()
+    with torch.no_grad():
+        logits = lm.model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"]
+        ).logits
+    found = {
+        "adapters": adapters(router),
+        "stored": router._stored,
+        "weight": router.router.weight,
+        "gram": router._statistics.total.gram,
+        "counts": router._statistics.total.counts,
+        "routes": router.routed.last.adapters,
+        "route": router.route(batch).adapters,
+        "logits": logits.float(),
+        "sharded": sorted(n for n, p in lm.named_parameters() if hasattr(p, "to_local") and "task_2" in n),
+    }
+    spawn.save(folder, rank, found)
+    torch.distributed.barrier()
