@@ -413,11 +413,10 @@ class ActivationMarginRegularizer(ContinualCallback):
         from lightning_cl import __version__
 
         network = anatomy.find_backbone(pl_module)[1]
-        kind = "base" if adapters_off else "model"
         dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in network.parameters()})
         return {
             **self._settings(),
-            "weights": f"{kind} {weights_fingerprint(network, adapters=not adapters_off)}",
+            "weights": weights_fingerprint(network, adapters=not adapters_off),
             "tokenizer": _tokenizer_name(trainer, pl_module),
             "rows": rows,
             "dtype": f"{'+'.join(dtypes)}, precision {trainer.precision}",
