@@ -19,7 +19,7 @@ from lightning_cl.data.errors import DataError
 from lightning_cl.data.examples import Example, clean_example, clean_examples, example_kind, raise_problems
 
 _FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
-_HUB_NAME = re.compile(r"hf://(?P<path>[^:]+?)(?::(?P<split>[^:]+))?")
+_HUB_NAME = re.compile(r"hf://(?P<path>[^:]+)(?::(?P<split>.+))?")
 _TRACE_SPLITS = {"train": ("train",), "val": ("eval", "val", "dev"), "test": ("test",)}
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
@@ -44,7 +45,8 @@ class CausalLMModule(pl.LightningModule):
 
     Args:
         model: the path or name of a model, or a ``transformers`` or PEFT model. It is put in training mode.
-        lora: a ``peft.LoraConfig``, or its arguments as a dict (``task_type`` is set); None trains what requires grad.
+        lora: a ``peft.LoraConfig``, or its arguments as a dict; without ``target_modules`` all linear layers but the
+            head. None trains what requires grad.
         tokenizer: a tokenizer, or the path or name of one; by default the model's, if ``model`` is a path.
         lr: learning rate of the default optimizer, AdamW.
         weight_decay: its weight decay.
@@ -95,7 +97,7 @@ class CausalLMModule(pl.LightningModule):
     def __init__(
         self,
         model: str | nn.Module,
-        lora: LoraConfig | dict[str, Any] | None = None,
+        lora: dict[str, Any] | LoraConfig | None = None,
         tokenizer: Any = None,
         lr: float = 2e-4,
         weight_decay: float = 0.0,
@@ -382,12 +384,16 @@ def _with_lora(model: Any, lora: Any) -> Any:
             "Give the base model, or leave `lora` out."
         )
     if isinstance(lora, Mapping):
+        arguments = dict(lora.get("init_args") or {}) if "class_path" in lora else dict(lora)
         try:
-            lora = peft.LoraConfig(**{"task_type": "CAUSAL_LM", **lora})
-        except TypeError as error:
+            config = peft.LoraConfig(**arguments)
+        except (TypeError, ValueError) as error:
             raise MisconfigurationException(
-                f"`lora={dict(lora)}`: {error}. See `peft.LoraConfig` for its arguments."
+                f"`lora={arguments}`: {error}. See `peft.LoraConfig` for its arguments."
             ) from error
-    if lora.target_modules is None:
-        lora.target_modules = "all-linear"
-    return peft.get_peft_model(model, lora)
+    else:
+        config = copy.copy(lora)
+    config.task_type = config.task_type or "CAUSAL_LM"
+    if config.target_modules is None and config.target_parameters is None:
+        config.target_modules = "all-linear"
+    return peft.get_peft_model(model, config)

@@ -22,8 +22,10 @@ def option_scores(
 ) -> Tensor:
     """The log-likelihood of each option after its prompt, float32 ``[B, O]``; -inf where a row has fewer options.
 
-    The prompt is run once and its key-value cache serves every option. Models without such a cache (state-space and
-    other recurrent ones) read the prompt once for each option instead, with the same result.
+    The prompt is run once. Its key-value cache then serves all options in one further pass, side by side under a mask
+    that hides them from each other; or, where attention takes no such mask (sliding windows, flash attention), in copies
+    of the cache. Models without such a cache (state-space and other recurrent ones) read the prompt once for each option.
+    The result is the same.
 
     Args:
         model: a Hugging Face causal LM.
@@ -76,6 +78,9 @@ def _shared(model: nn.Module, batch: Mapping[str, Any]) -> Tensor | None:
     sharded = is_sharded(model)
     if length == 1 and not sharded:
         return logprobs
+    if _reads_masks(model, cache):
+        logprobs[:, :, 1:] = _side_by_side(model, cache, batch)
+        return logprobs * mask
     at_once = _rows_at_once(cache, rows, options, ids.device)
     passes = -(-rows // at_once)
     for number in range(max(gather_objects(passes)) if sharded else passes):
@@ -85,6 +90,39 @@ def _shared(model: nn.Module, batch: Mapping[str, Any]) -> Tensor | None:
         if length > 1:
             logprobs[part, :, 1:] = _continue(model, cache, batch, part)
     return logprobs * mask
+
+
+def _side_by_side(model: Any, cache: Any, batch: Mapping[str, Any]) -> Tensor:
+    """All options of a row in one sequence after its prompt, each blind to the others: no copy of the cache."""
+    ids, mask, prompt_mask = batch["option_ids"], batch["option_mask"], batch["attention_mask"].bool()
+    rows, options, length = ids.shape
+    steps = max(length - 1, 1)  # sharded ranks make this pass even where options have one token
+    known = mask[:, :, :steps].reshape(rows, options * steps)
+    place = torch.arange(options * steps, device=ids.device)
+    same = (place[:, None] // steps == place[None] // steps) & (place[:, None] >= place[None])
+    visible = torch.cat([prompt_mask[:, None].expand(-1, options * steps, -1), same[None] & known[:, None]], dim=2)
+    # A place that sees nothing at all would be NaN; it is never scored.
+    visible[:, place, prompt_mask.shape[1] + place] = True
+    attention_mask = visible[:, None]
+    if model.config._attn_implementation == "eager":
+        dtype = model.get_input_embeddings().weight.dtype
+        attention_mask = torch.zeros(attention_mask.shape, dtype=dtype, device=ids.device).masked_fill(
+            ~attention_mask, torch.finfo(dtype).min
+        )
+    scored = torch.zeros((rows, options, steps), dtype=torch.bool, device=ids.device)
+    scored[:, :, : length - 1] = mask[:, :, 1:]
+    inputs = {
+        "input_ids": ids[:, :, :steps].reshape(rows, options * steps),
+        "attention_mask": attention_mask,
+        "position_ids": prompt_mask.long().sum(-1)[:, None] + (place % steps)[None],
+        "past_key_values": cache,
+    }
+    if length == 1:
+        scored[0, 0, 0] = True
+    logits, _ = output_at(model, inputs, scored.reshape(rows, options * steps), use_cache=True)
+    if length == 1:
+        return logits.new_zeros((rows, options, 0), dtype=torch.float32)
+    return _gathered(logits, ids[:, :, 1:], mask[:, :, 1:])
 
 
 def _continue(model: nn.Module, cache: Any, batch: Mapping[str, Any], part: slice) -> Tensor:
@@ -130,6 +168,17 @@ def _gathered(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
     """Log-probabilities of ``ids`` where ``mask``, 0 elsewhere; ``logits`` are those of the masked places, in order."""
     values = logits.float().log_softmax(-1).gather(1, ids[mask][:, None])[:, 0]
     return torch.zeros(ids.shape, dtype=torch.float32, device=ids.device).masked_scatter(mask, values)
+
+
+def _reads_masks(model: Any, cache: Any) -> bool:
+    """Whether the model takes a mask of what each token sees, and tells places by position ids alone."""
+    config = model.config
+    return (
+        getattr(config, "_attn_implementation", None) in ("sdpa", "eager")
+        and {type(layer).__name__ for layer in cache.layers} == {"DynamicLayer"}  # a window would count all options
+        and accepts(model, "position_ids")
+        and not getattr(config, "alibi", False)
+    )
 
 
 def _can_branch(cache: Any) -> bool:
