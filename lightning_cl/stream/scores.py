@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_cl.distributed import gather_objects
+from lightning_cl.distributed import gather_objects, rank, world_size
+from lightning_cl.stream.plan import batch_sizes, part_of
 from lightning_cl.stream.task import Task, mode_of
 
 if TYPE_CHECKING:
@@ -49,19 +50,20 @@ def read_scores(
         MisconfigurationException: before the first task, for a metric that was asked for by name and is not logged.
     """
     from lightning_cl.metrics import find_score
+    from lightning_cl.metrics.loaders import rows_of_loader
 
     together: dict[str, float] = {}
     for entry in logged:
         together.update(entry)
     for index, task in enumerate(tasks):
         wanted = getattr(monitor, "metric", None)
-        found, reason = find_score(together, index, len(tasks), task.name, wanted, task.metric)
-        if found is None and wanted is not None:
-            # A monitor of the validation during training names `val_...`; here the same metric is logged as `test_...`.
-            for old, new in (("val", "test"), ("test", "val")):
-                if found is None and wanted.startswith(old):
-                    other = new + wanted.removeprefix(old)
-                    found, _ = find_score(together, index, len(tasks), task.name, other, task.metric)
+        own = None if task.metric is None else task.metric.rpartition(".")[2]  # a class is logged by its name
+        found, reason = find_score(together, index, len(tasks), task.name, wanted, own)
+        if wanted is None and own is not None and (found is None or not _names(found, own)):
+            # A metric that was asked for is not replaced by the only one that was logged.
+            found, reason = None, f"nothing logs {task.metric!r} for {task.name!r}"
+        if found is None and together:
+            reason += f" (logged: {', '.join(sorted({_bare(name) for name in together}))})" if "logged:" not in reason else ""
         if found is None:
             if stage == -1 and together and (wanted or task.metric):
                 raise MisconfigurationException(
@@ -70,9 +72,9 @@ def read_scores(
                 )
             stream.missing[stage, task.name] = reason
             continue
-        split = "test" if task.test is not None else "val"
-        rows = stream.num_rows(task.name, split)  # type: ignore[arg-type]
-        cell: dict[str, Any] = {"value": _agree(together[found], stream, task, split), "rows": rows, "metric": task.metric or _bare(found)}
+        rows = None if stream.trainer is None else rows_of_loader(stream.trainer, index)
+        value = _agree(together[found], rows, stream.eval_batch_size)
+        cell: dict[str, Any] = {"value": value, "rows": rows, "metric": task.metric or _bare(found)}
         scores = list((row_scores or {}).get(index, ()))
         if scores and all(math.isfinite(score) for score in scores):
             cell["scores"], cell["rows"] = scores, len(scores)
@@ -103,26 +105,26 @@ def matrix_of(stream: TaskStream) -> TaskMatrix:
     return matrix
 
 
-def _agree(value: float, stream: TaskStream, task: Task, split: str) -> float:
+def _agree(value: float, rows: int | None, batch_size: int) -> float:
     """The value of all processes together, where the module logged each process's own.
 
     Each process had nearly as many rows as any other; their exact shares weigh the mean.
     """
-    from lightning_cl.distributed import rank, world_size
-    from lightning_cl.stream.plan import batch_sizes, part_of
-
     value = float(value)
     if world_size() == 1:
         return value
-    rows = stream.num_rows(task.name, split)  # type: ignore[arg-type]
     share = 1
     if rows is not None:
-        sizes = batch_sizes(rows, stream.eval_batch_size, world_size())
+        sizes = batch_sizes(rows, batch_size, world_size())
         share = sum(len(part_of(0, size, rank(), world_size())) for size in sizes)
     values = gather_objects((value, share))
     if all(other == values[0][0] for other, _ in values):
         return value
     return sum(other * weight for other, weight in values) / sum(weight for _, weight in values)
+
+
+def _names(logged: str, metric: str) -> bool:
+    return re.split("[_/]", _bare(logged))[-1] == metric or _bare(logged).endswith(metric)
 
 
 def _bare(name: str) -> str:
