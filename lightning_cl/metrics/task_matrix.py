@@ -158,7 +158,7 @@ class TaskMatrix(Metric):
         if metric is not None:
             self.metrics[task] = metric
         low, high = self.range_of(task) or (0.0, 0.0)
-        if low != high and (high > low) != (self.mode_of(task) == "max"):
+        if low != high and task in self.modes and (high > low) != (self.modes[task] == "max"):
             raise ValueError(
                 f"`normalise` gives task {task!r} the scale from {low} (worst) to {high} (best), but its mode is"
                 f" {self.mode_of(task)!r}. Turn the range round, or correct the task's mode in `modes`."
@@ -307,8 +307,9 @@ class TaskMatrix(Metric):
         return self.roles.get(task, "train")
 
     def mode_of(self, task: str) -> Mode:
-        """Whether a higher score of the task is better ("max") or a lower one ("min")."""
-        return self.modes.get(task, "max")
+        """Whether a higher score of the task is better ("max") or a lower one ("min"); a scale says it too."""
+        low, high = self.range_of(task) or (0.0, 1.0)
+        return self.modes.get(task, "max" if high > low else "min")
 
     def range_of(self, task: str) -> Range | None:
         """The worst and the best score of the task's scale, where ``normalise`` gives it."""

@@ -121,8 +121,7 @@ def side_by_side(matrices: Mapping[str, TaskMatrix], title: str = "Runs side by 
 
 def _line(axes: Any, matrix: TaskMatrix, task: str, **style: Any) -> None:
     scale = display.scale_of(matrix, task)
-    points = [(stage, matrix.score(stage, task)) for stage in matrix.stages]
-    known = [(stage, score) for stage, score in points if score is not None and math.isfinite(score.value)]
+    known = [(s, score) for (s, t), score in matrix.scores().items() if t == task and math.isfinite(score.value)]
     axes.plot([s for s, _ in known], [v.value * scale for _, v in known], marker="o", markersize=3.5, linewidth=1.6, **style)
     bars = [(s, v.interval) for s, v in known if v.interval is not None]
     if bars and len(matrix.tasks) <= 20:

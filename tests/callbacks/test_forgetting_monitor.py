@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -640,3 +642,76 @@ def test_full_disk_in_the_middle_loses_nothing(tmp_path: Path, monkeypatch: pyte
     assert sorted(os.listdir(tmp_path / "out")) == ["task_matrix.csv", "task_matrix.json"]
     fit("c")
     assert len(json.loads((tmp_path / "out" / "task_matrix.json").read_text())["matrix"]["scores"]) == 9
+
+
+# ------------------------------------------------------------------------------------ fragment and card
+
+CATALOGUE = Path(__file__).parents[2] / "callbacks"
+
+
+def test_cards_snippet_runs_as_it_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (CATALOGUE / "forgetting_monitor.md").read_text()
+    first = text.splitlines()[0]
+    for link in re.findall(r"\]\(([^)]+)\)", first):
+        assert (CATALOGUE / link).is_file(), link
+    assert "tests/callbacks/test_forgetting_monitor.py" in first
+    (snippet,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    scope: dict[str, Any] = {"__name__": "snippet"}
+    exec(compile(snippet, "forgetting_monitor.md", "exec"), scope)
+    matrix = scope["monitor"].matrix
+    assert matrix.tasks == ["red", "green", "blue"]
+    assert matrix.stages == [0, 1, 2]
+    assert matrix.compute()["backward_transfer"] < 0
+    assert "backward transfer (BWT)" in capsys.readouterr().out
+
+
+def test_card_names_every_argument() -> None:
+    table = (CATALOGUE / "forgetting_monitor.md").read_text()
+    for name in inspect.signature(ForgettingMonitor).parameters:
+        assert re.search(rf"^\|[^|]*`{name}`", table, re.MULTILINE), name
+
+
+def test_fragment_in_a_stock_lightning_cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning.pytorch.cli import LightningCLI
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base.yaml").write_text(
+        "trainer: {callbacks: [{class_path: lightning.pytorch.callbacks.LearningRateMonitor}]}"
+    )
+    fragment = str(CATALOGUE / "forgetting_monitor.yaml")
+    monkeypatch.setattr("sys.argv", ["cli", "--config", "base.yaml", "--config", fragment])
+    cli = LightningCLI(Point, run=False, save_config_callback=None)
+    kinds = [type(callback).__name__ for callback in cli.trainer.callbacks]
+    assert kinds.index("LearningRateMonitor") < kinds.index("ForgettingMonitor")
+    monitor = next(callback for callback in cli.trainer.callbacks if isinstance(callback, ForgettingMonitor))
+    assert monitor.metric == "val_accuracy"
+
+
+def test_every_argument_goes_through_yaml(tmp_path: Path) -> None:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--monitor", type=ForgettingMonitor)
+    given = {
+        "class_path": "lightning_cl.callbacks.ForgettingMonitor",
+        "init_args": {
+            "metric": "val_acc",
+            "mode": "min",
+            "max_forgetting": 0.5,
+            "on_exceed": "restore",
+            "tasks": ["a", "b"],
+            "roles": {"b": "probe"},
+            "reference": {"a": 0.5},
+            "normalise": {"a": [4.0, 0.0]},
+            "dirpath": "out",
+            "print_table": False,
+            "plots": False,
+        },
+    }
+    config = parser.parse_object({"monitor": given})
+    again = parser.parse_string(parser.dump(config))
+    monitor = parser.instantiate_classes(again).monitor
+    assert (monitor.max_forgetting, monitor.on_exceed, monitor.dirpath) == (0.5, "restore", "out")
