@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,15 +13,30 @@ if TYPE_CHECKING:
     import lightning.pytorch as pl
 
 
+def pending_checkpoint(trainer: pl.Trainer) -> Any:
+    """The checkpoint that the running ``trainer.fit`` is about to restore, or None.
+
+    Until it restores, Lightning keeps the path only in an argument of ``Trainer._run``, which is where this reads it.
+    """
+    run = type(trainer)._run.__code__
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is run and frame.f_locals.get("self") is trainer:
+            return frame.f_locals.get("ckpt_path")
+        frame = frame.f_back
+    return trainer.ckpt_path
+
+
 def peek_callback_state(trainer: pl.Trainer, state_key: str) -> dict[str, Any] | None:
     """The state that the checkpoint about to be restored holds for one callback, or None.
 
     Lightning restores callbacks after ``setup``, but what a callback changes in the model before sharding (a new
     adapter for task 3) must follow the checkpoint. Tensors stay on disk.
     """
-    if trainer.ckpt_path is None:
+    pending = pending_checkpoint(trainer)
+    if pending is None:
         return None
-    path = Path(str(trainer.ckpt_path))
+    path = Path(str(pending))
     if path.is_dir():
         # Lightning's sharded checkpoints keep everything but weights and optimizer in this file.
         path = path / "meta.pt"

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from lightning_cl.attachment import Attachment
-from lightning_cl.checkpoints import peek_callback_state
+from lightning_cl.checkpoints import peek_callback_state, pending_checkpoint
 
 
 @dataclass
@@ -163,7 +163,7 @@ def _refuse_finished_trainer(trainer: pl.Trainer) -> None:
     epochs, steps = loop.epoch_progress.current.processed, trainer.global_step
     epochs_done = loop.max_epochs is not None and loop.max_epochs != -1 and 0 < loop.max_epochs <= epochs
     steps_done = 0 < (loop.max_steps or 0) <= steps
-    if trainer.ckpt_path is None and (epochs_done or steps_done):
+    if pending_checkpoint(trainer) is None and (epochs_done or steps_done):
         limit = f"`max_epochs={loop.max_epochs}`" if epochs_done else f"`max_steps={loop.max_steps}`"
         raise MisconfigurationException(
             f"This Trainer has reached its {limit}: a second `trainer.fit` would train 0 steps, and the next task would be"

@@ -117,6 +117,7 @@ class ReplayMixer(ContinualCallback):
         self.pad_values = dict(pad_values or {})
         # What is owed to the wanted amount: fractions of a row, or loss-bearing tokens.
         self._owed = 0.0
+        # Rows drawn so far: sources take turns, also over batches that are too small for all of them.
         self._next_source = 0
 
     @property
@@ -180,7 +181,7 @@ class ReplayMixer(ContinualCallback):
         shares = [0] * len(ready)
         for i in range(count):
             shares[(self._next_source + i) % len(ready)] += 1
-        self._next_source = (self._next_source + count) % len(self.sources)
+        self._next_source += count
         rows = []
         for source, share in zip(ready, shares, strict=True):
             drawn = source.draw(share, rank(), world_size()) if share else []

@@ -64,6 +64,7 @@ class GeneralSamples(ReplaySource):
         self._samples: Sequence[Any] | None = None
         self._chosen: list[int] = []
         self._encode: Any = None
+        self._limit = max_tokens
         self._rows: dict[int, Row] = {}
 
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task_index: int) -> None:
@@ -73,7 +74,10 @@ class GeneralSamples(ReplaySource):
         if _is_text(self._samples[self._chosen[0]]) and self._encode is None:
             from lightning_cl.data import Encoder
 
-            self._encode = Encoder(self.find_tokenizer(trainer, pl_module), max_length=self.max_tokens)
+            tokenizer = self.find_tokenizer(trainer, pl_module)
+            # A text is cut to what the model can read, whatever the setting.
+            self._limit = min(self.max_tokens, getattr(tokenizer, "model_max_length", self.max_tokens))
+            self._encode = Encoder(tokenizer, max_length=self._limit)
 
     def find_tokenizer(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
         """The tokenizer that texts are encoded with.
@@ -147,7 +151,7 @@ class GeneralSamples(ReplaySource):
         if isinstance(sample, Mapping) and "text" not in sample:
             return dict(self._encode.encode_train(sample))
         text = sample if isinstance(sample, str) else sample["text"]
-        ids = self._encode.tokenizer(text, add_special_tokens=False, truncation=True, max_length=self.max_tokens)
+        ids = self._encode.tokenizer(text, add_special_tokens=False, truncation=True, max_length=self._limit)
         input_ids = torch.tensor(ids["input_ids"], dtype=torch.long)
         return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "labels": input_ids.clone()}
 
