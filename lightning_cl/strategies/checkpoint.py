@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_cl.strategies import shards
+from lightning_cl.strategies.adapters import describe
 from lightning_cl.strategies.files import (
     DamagedCheckpointError,
     drop_unsafe,
@@ -173,6 +174,8 @@ class CheckpointContents:
             "save_base": self.save_base,
             "base_fingerprint": base_fingerprint(module),
             "trained": sorted(record_of(module).trained),
+            "saved": saved_names(module),
+            "adapters": describe(module),
         }
 
     def finish(self, module: nn.Module, checkpoint: dict[str, Any]) -> None:

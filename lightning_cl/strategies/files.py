@@ -55,7 +55,7 @@ def save_file(value: Any, path: str | os.PathLike[str]) -> None:
     write_atomically(path, write, checksum=True)
 
 
-def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], None], checksum: bool = False) -> None:
+def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], object], checksum: bool = False) -> None:
     """Write a file through a temporary one beside it, with fsync of the file and of its folder.
 
     Args:
