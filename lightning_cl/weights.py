@@ -285,7 +285,8 @@ def _fsdp1_group(part: Any) -> _Group:
         return handle._training_state.name == "FORWARD"
 
     def scatter() -> None:
-        if handle.uses_sharded_strategy:
+        # Before the first forward nothing was ever gathered, and FSDP1 has not set up what resharding needs.
+        if handle.uses_sharded_strategy and hasattr(handle.flat_param, "_local_shard"):
             _runtime_utils._reshard(part, handle, True)
 
     def gather() -> None:

@@ -3,16 +3,19 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor
 
 from lightning_cl import weights
 from lightning_cl.callbacks import LoRAInterpolator, ReplayMixer
 from lightning_cl.replay import EpisodicMemory
+from lightning_cl.replay.rows import layout_of, split_rows
 from tests.helpers import models, spawn
 
 
@@ -48,10 +51,11 @@ class Seen(Callback):
         self.validated: dict[str, Tensor] = {}
 
     def on_validation_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
-        weights.reshard(pl_module)
-        parameters = weights.trainable(pl_module)
+        root = weights.sharding_root(trainer, pl_module)
+        weights.reshard(root)
+        parameters = weights.trainable(root)
         shards = {n: weights.local(p) for n, p in parameters.items()}
-        self.validated = weights.gather(pl_module, shards, parameters, everywhere=True)
+        self.validated = weights.gather(root, shards, parameters, everywhere=True)
 
 
 def _module(everything: bool) -> Sharded:
@@ -63,16 +67,35 @@ def _module(everything: bool) -> Sharded:
     return Sharded(model, lr=0.1)
 
 
-def _run(folder: Path, processes: int, rank: int, strategy: Any, everything: bool, ckpt: str | None = None) -> dict[str, Any]:
+def _memory(filled: bool) -> EpisodicMemory:
+    memory = EpisodicMemory(16)
+    if filled:
+        batch = models.collate(models.TokenRows(16, seed=5).rows)
+        memory.observe(split_rows(layout_of(batch)))
+        memory.end_task(None, None, 0)
+    return memory
+
+
+def _run(
+    folder: Path,
+    processes: int,
+    rank: int,
+    strategy: Any,
+    everything: bool,
+    ckpt: str | None = None,
+    tasks: tuple[int, ...] = (0, 1),
+    save: bool = True,
+) -> dict[str, Any]:
     """Two tasks with replay in the second; ``ckpt`` resumes in its middle, with everything built anew."""
-    module, mixer, seen = _module(everything), ReplayMixer(EpisodicMemory(16), rows_per_batch=2 // processes), Seen()
+    memory = _memory(filled=0 not in tasks and ckpt is None)
+    module, mixer, seen = _module(everything), ReplayMixer(memory, rows_per_batch=2 // processes), Seen()
     callback = LoRAInterpolator(half_life=0.4, consistency_weight=2.0, layers="all")
     saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=2, save_top_k=-1)
-    for task in (0, 1) if ckpt is None else (1,):
+    for task in tasks:
         trainer = models.trainer(
             folder,
-            callbacks=[mixer, callback, seen, *([saver] if task else [])],
-            enable_checkpointing=bool(task),
+            callbacks=[mixer, callback, seen, *([saver] if task and save else [])],
+            enable_checkpointing=bool(task) and save,
             devices=processes,
             strategy=strategy() if callable(strategy) else strategy,
             max_steps=-1,
@@ -81,11 +104,11 @@ def _run(folder: Path, processes: int, rank: int, strategy: Any, everything: boo
         )
         data = [_loader(processes, rank, rows, 4, seed) for rows, seed in ((16, task), (4, 9))]
         trainer.fit(module, *data, ckpt_path=ckpt, weights_only=bool(ckpt))
-    parameters = weights.trainable(module)
-    final = weights.gather(module, {n: weights.local(p) for n, p in parameters.items()}, parameters, everywhere=True)
     average = callback._average
+    root, parameters = average._module, average.parameters
+    final = weights.gather(root, {n: weights.local(p) for n, p in parameters.items()}, parameters, everywhere=True)
     return {
-        "slow": weights.gather(module, average.shards, average.parameters, everywhere=True),
+        "slow": weights.gather(root, average.shards, average.parameters, everywhere=True),
         "final": final,
         "validated": seen.validated,
         "elements": sum(shard.numel() for shard in average.shards.values()),
@@ -99,11 +122,36 @@ def _fsdp2() -> Any:
     return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=False)
 
 
+class CpuFSDP1(FSDPStrategy):
+    """Lightning's FSDP1 strategy, which refuses the CPU; PyTorch's own FSDP1 runs there when it is told the device."""
+
+    def _setup_model(self, model: Any) -> Any:
+        from torch.distributed.fsdp import FullyShardedDataParallel
+        from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+        from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+        policy = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls={LlamaDecoderLayer})
+        return FullyShardedDataParallel(
+            model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu")
+        )
+
+
+def _fsdp1() -> Any:
+    return CpuFSDP1(state_dict_type="full", process_group_backend="gloo")
+
+
 def _worker(rank: int, folder: Path) -> None:
     fsdp2 = _run(folder / "fsdp2", 2, rank, _fsdp2, everything=True)
-    resumed = _run(folder / "resumed", 2, rank, _fsdp2, everything=True, ckpt=str(folder / "fsdp2" / "step=4.ckpt"))
+    resumed = _run(
+        folder / "resumed", 2, rank, _fsdp2, everything=True, ckpt=str(folder / "fsdp2" / "step=4.ckpt"), tasks=(1,)
+    )
     ddp = _run(folder / "ddp", 2, rank, "ddp", everything=False)
     spawn.save(folder, rank, {"fsdp2": fsdp2, "resumed": resumed, "ddp": ddp})
+
+
+def _fsdp1_worker(rank: int, folder: Path) -> None:
+    # One task alone: Lightning cannot wrap a module with FSDP1 a second time. PyTorch cannot save it on the CPU.
+    spawn.save(folder, rank, _run(folder, 2, rank, _fsdp1, everything=True, tasks=(1,), save=False))
 
 
 def _assert_close(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
@@ -112,21 +160,38 @@ def _assert_close(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
         torch.testing.assert_close(got[name], wanted[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_two_processes_equal_one(tmp_path: Path) -> None:
+def _assert_equal(ranks: list[dict[str, Any]], one: dict[str, Any]) -> None:
+    for got in ranks:
+        for part in ("slow", "final", "validated"):
+            _assert_close(got[part], one[part])
+
+
+def _assert_shards(ranks: list[dict[str, Any]], one: dict[str, Any]) -> None:
+    """Each rank holds its part of the slow weights alone."""
+    assert sum(got["elements"] for got in ranks) == one["elements"]
+    assert max(got["elements"] for got in ranks) < 0.6 * one["elements"]
+
+
+def test_ddp_and_fsdp2_equal_one_process(tmp_path: Path) -> None:
     spawn.run(_worker, 2, tmp_path)
     ranks = spawn.load(tmp_path)
-    for strategy, everything in (("fsdp2", True), ("ddp", False)):
-        one = _run(tmp_path / f"one_{strategy}", 1, 0, "auto", everything)
-        for got in ranks:
-            for part in ("slow", "final", "validated"):
-                _assert_close(got[strategy][part], one[part])
-        if strategy == "fsdp2":
-            # Each rank holds its shards alone.
-            assert sum(got[strategy]["elements"] for got in ranks) == one["elements"]
-            assert max(got[strategy]["elements"] for got in ranks) < 0.55 * one["elements"]
+    one = _run(tmp_path / "one", 1, 0, "auto", everything=True)
+    _assert_equal([got["fsdp2"] for got in ranks], one)
+    _assert_shards([got["fsdp2"] for got in ranks], one)
+    _assert_equal([got["ddp"] for got in ranks], _run(tmp_path / "one_lora", 1, 0, "auto", everything=False))
     for got in ranks:
         for part in ("slow", "final"):
             assert all(torch.equal(got["resumed"][part][n], t) for n, t in got["fsdp2"][part].items())
-    whole = torch.load(tmp_path / "fsdp2" / "step=4.ckpt", weights_only=True)["callbacks"]["LoRAInterpolator"]["slow"]
     expected = weights.trainable(_module(everything=True))
-    assert {name: tensor.shape for name, tensor in whole.items()} == {n: p.shape for n, p in expected.items()}
+    checkpoint = torch.load(tmp_path / "fsdp2" / "step=4.ckpt", weights_only=True)
+    slow = checkpoint["callbacks"]["LoRAInterpolator"]["slow"]
+    assert {name: tensor.shape for name, tensor in slow.items()} == {n: p.shape for n, p in expected.items()}
+    assert slow.keys() <= checkpoint["state_dict"].keys()
+
+
+def test_fsdp1_equals_one_process(tmp_path: Path) -> None:
+    spawn.run(_fsdp1_worker, 2, tmp_path)
+    ranks = spawn.load(tmp_path)
+    one = _run(tmp_path / "one", 1, 0, "auto", everything=True, tasks=(1,), save=False)
+    _assert_equal(ranks, one)
+    _assert_shards(ranks, one)
