@@ -8,6 +8,9 @@ import math
 import torch
 from torch import Tensor
 
+# How much slower the weight falls than it grows.
+_RELAX = 0.25
+
 
 class DualWeight:
     """Turn ``minimise task subject to penalty <= target`` into a weight for the penalty, one update a step.
@@ -29,7 +32,9 @@ class DualWeight:
     Args:
         target: The penalty's allowed value, > 0, in the penalty's unit (nats a token for a divergence).
         initial: The first weight, > 0, inside the bounds.
-        rate: Integral step a update, >= 0: at the clipped violation the weight changes by ``exp(rate)`` a step.
+        rate: Integral step an update, >= 0: at the clipped violation the weight grows by ``exp(rate)`` a step. It falls
+            four times slower: a penalty that starts at zero (a model compared with itself) would else give its weight
+            away before it begins to grow, and overshoot.
         gain: Proportional part, >= 0: the weight shown is up to ``exp(gain)`` away from the integral.
         smoothing: Decay of the moving average of the values, in [0, 1).
         minimum: Smallest weight, > 0. Not 0: a penalty without weight has no gradient to come back by.
@@ -52,7 +57,7 @@ class DualWeight:
         target: float,
         *,
         initial: float = 1.0,
-        rate: float = 0.05,
+        rate: float = 0.1,
         gain: float = 2.0,
         smoothing: float = 0.5,
         minimum: float = 1e-3,
@@ -123,7 +128,9 @@ class DualWeight:
         average = decay * self._average + (1 - decay) * torch.where(usable, measured, 0.0)
         self._average = torch.where(usable, average, self._average)
         self._correction = torch.where(usable, decay * self._correction + (1 - decay), self._correction)
-        integral = (self._integral + self.rate * self._violation()).clamp(*self._bounds)
+        violation = self._violation()
+        step = self.rate * torch.where(violation > 0, violation, _RELAX * violation)
+        integral = (self._integral + step).clamp(*self._bounds)
         self._integral = torch.where(usable, integral, self._integral)
         return self.weight
 
