@@ -134,14 +134,16 @@ def test_features_are_the_same_to_the_bit_whichever_adapter_is_active_and_in_tra
         for adapter in (*ready.bank.names, BASE):
             with ready.routed.given(adapter):
                 ready.model(**batch)
+        ready.model.set_adapter("default")  # it has layers below the feature layer
         ready.model(**batch)  # routed
+        ready.routed.features(mask, **batch)
     for adapter in ready.bank.names:
         ready.bank.activate(adapter)
         ready.model.train()
         ready.model(**batch, labels=batch["input_ids"]).loss.backward()
         ready.model.eval()
     seen.append(ready.routed.features(mask, **batch))
-    assert len(seen) == TASKS + 2 + TASKS + 2  # `features` passes the layer's own hook as well
+    assert len(seen) == TASKS + 3 + TASKS + 2  # `features` passes the layer's own hook as well
     assert all(torch.equal(s, seen[0]) for s in seen)
 
 

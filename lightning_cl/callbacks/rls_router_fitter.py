@@ -348,7 +348,7 @@ class RLSRouterFitter(ContinualCallback):
             self._frozen = [
                 part
                 for name, part in pl_module.named_modules()
-                if name in below and not getattr(part, "gradient_checkpointing", False)
+                if name in below and part.training and not getattr(part, "gradient_checkpointing", False)
             ]
 
     @override
@@ -420,6 +420,8 @@ class RLSRouterFitter(ContinualCallback):
             if vars(owner).get("on_load_checkpoint") is hook:
                 object.__delattr__(owner, "on_load_checkpoint")
             self._undo_hook = None
+        for part in self._frozen:
+            part.training = True
         self._batch, self._frozen = None, []
         if self._routed is not None:
             self._routed.on_hidden, self._routed.on_routes, self._routed.prompt = None, None, None

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_cl import anatomy, weights
 from lightning_cl.routing.adapters import AdapterBank
 from lightning_cl.routing.features import pool, prompt_mask
-from lightning_cl.routing.router import AnalyticRouter, Routes
+from lightning_cl.routing.router import BASE, AnalyticRouter, Routes
 
 __all__ = ["RoutedForward"]
 
@@ -72,6 +72,7 @@ class RoutedForward:
         self._names: list[str] | None = None
         self._call: _Call | None = None
         self._generating = 0
+        self._reading = False
         self._kept: list[str] | None = None
         self._kept_keys: tuple[int, Tensor] | None = None
         self._undo: list[Callable[[], None]] = []
@@ -100,10 +101,11 @@ class RoutedForward:
         self._keep(layer.register_forward_hook(outside(self._at_feature_layer)))
         if self.bank is not None:
             above = set(self.bank.layers)
-            root = self.bank.model.base_model.model
-            for name, part in root.named_modules():
-                if name in above:
-                    self._keep(part.register_forward_pre_hook(outside(self._at_adapter_layer), with_kwargs=True))
+            layers = {id(layer) for layer in anatomy.adapter_layers(self.module)}
+            for name, part in self.bank.model.base_model.model.named_modules():
+                if id(part) in layers:
+                    hook = self._at_adapter_layer if name in above else self._at_shallow_layer
+                    self._keep(part.register_forward_pre_hook(outside(hook), with_kwargs=True))
         if compiled:
             torch.compiler.reset()  # code compiled before the hooks would silently go on without them
         return self
@@ -165,6 +167,7 @@ class RoutedForward:
 
         training = [part for part in self.module.modules() if part.training]
         handle = layer.register_forward_hook(capture)
+        self._reading = True
         try:
             for part in training:
                 part.training = False
@@ -173,6 +176,7 @@ class RoutedForward:
         except _Reached:
             pass
         finally:
+            self._reading = False
             handle.remove()
             for part in training:
                 part.training = True
@@ -279,6 +283,13 @@ class RoutedForward:
         if self._names is None or not self.enabled or layer.training:
             return None
         return args, {**kwargs, "adapter_names": self._names}
+
+    def _at_shallow_layer(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # The template reaches down here: if it is active, it must not change what the router reads.
+        routing = self.enabled and (self.router is not None or self._given is not None)
+        if layer.training or not (routing or self._reading):
+            return None
+        return args, {**kwargs, "adapter_names": [BASE] * len(args[0])}
 
     # ------------------------------------------------------------------ generation
 

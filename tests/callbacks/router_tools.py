@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lightning_cl.callbacks import RLSRouterFitter
 from tests.helpers import models, spawn
@@ -44,6 +44,14 @@ def loader(task: int, batch_size: int = 4, cls: Any = DataLoader, **kwargs: Any)
     return cls(TaskRows(task, **kwargs), batch_size=batch_size, collate_fn=models.collate)
 
 
+def loader_of_two(task: int) -> DataLoader:
+    """One process's loader whose batches hold what two ranks with batches of four see in the same step."""
+    data = TaskRows(task)
+    parts = [list(DistributedSampler(data, 2, r, shuffle=True, seed=0)) for r in range(2)]
+    order = [i for start in range(0, len(parts[0]), 4) for part in parts for i in part[start : start + 4]]
+    return DataLoader(data, batch_size=8, sampler=order, collate_fn=models.collate)
+
+
 def module(lr: float = 0.3, layers: int = 3, **config: Any) -> models.PlainLM:
     return models.PlainLM(models.lora(models.tiny_llama(num_hidden_layers=layers), **config), lr=lr)
 
@@ -52,11 +60,11 @@ def fitter(**kwargs: Any) -> RLSRouterFitter:
     return RLSRouterFitter(**{"expansion_dim": DIM, "ridge": 1e-3, **kwargs})
 
 
-def fit(folder: Path, router: Any, lm: Any, task: int, rows: dict[str, Any] | None = None, **kwargs: Any) -> Any:
+def fit(folder: Path, router: Any, lm: Any, task: int, rows: Any = None, **kwargs: Any) -> Any:
     settings = {"max_epochs": 1, "max_steps": -1, **kwargs}
     callbacks = [*settings.pop("callbacks", []), router]
     trainer = models.trainer(folder, callbacks=callbacks, **settings)
-    trainer.fit(lm, loader(task, **(rows or {})))
+    trainer.fit(lm, rows if isinstance(rows, DataLoader) else loader(task, **(rows or {})))
     return trainer
 
 
@@ -72,7 +80,7 @@ def adapters(router: RLSRouterFitter) -> dict[str, Tensor]:
     return {name: value for k in range(3) for name, value in bank.snapshot(f"task_{k}").items()}
 
 
-def three_tasks(rank: int, folder: Path, strategy: str, precision: str, save: bool) -> None:
+def three_tasks(rank: int, folder: Path, strategy: str, precision: str) -> None:
     """Fit three tasks in two processes with one Trainer a task; tell what this rank holds at the end."""
     import lightning_cl  # noqa: F401  (registers the strategies)
 
@@ -80,9 +88,7 @@ def three_tasks(rank: int, folder: Path, strategy: str, precision: str, save: bo
     lm, router = module(), fitter(max_tasks=3 if sharded else None)
     for task in range(3):
         settings: dict[str, Any] = {"strategy": strategy, "devices": 2, "precision": precision}
-        last = fit(folder, router, lm, task, **settings)
-    if save:
-        last.save_checkpoint(folder / "last.ckpt")
+        fit(folder, router, lm, task, **settings)
     batch = mixed()
     lm.eval()
     with torch.no_grad():
@@ -98,6 +104,7 @@ def three_tasks(rank: int, folder: Path, strategy: str, precision: str, save: bo
         "routes": router.routed.last.adapters,
         "route": router.route(batch).adapters,
         "logits": logits.float(),
+        "quantized": sum(type(part).__name__ == "Linear4bit" for part in lm.modules()),
         "sharded": sorted(n for n, p in lm.named_parameters() if hasattr(p, "to_local") and "task_2" in n),
     }
     spawn.save(folder, rank, found)

@@ -583,46 +583,40 @@ def test_route_before_the_first_task_has_ended(tmp_path):
 # ---------------------------------------------------------------------- many processes
 
 
-def test_two_ddp_processes_are_one(tmp_path):
-    spawn.run(tools.three_tasks, 2, tmp_path, "ddp", "32-true", False)
-    first, second = spawn.load(tmp_path)
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory) -> Any:
     lm, router = module(), fitter()
     for task in range(3):
-        fit(tmp_path, router, lm, task, rows={"batch_size": 8})
-    for found in (first, second):
-        assert found["counts"].tolist() == [16, 16, 16]
-        torch.testing.assert_close(found["gram"], router._statistics.total.gram, atol=1e-5, rtol=1e-6)
-        torch.testing.assert_close(found["weight"], router.router.weight, atol=1e-4, rtol=1e-4)
-        assert found["routes"] == found["route"] == EXPECTED
-    assert all(torch.equal(value, second["adapters"][name]) for name, value in first["adapters"].items())
-    assert torch.equal(first["weight"], second["weight"])
+        fit(tmp_path_factory.mktemp("one"), router, lm, task, rows=tools.loader_of_two(task))
+    return router._statistics.total, router.router.weight, tools.adapters(router)
 
 
-@pytest.mark.parametrize(("strategy", "precision"), [("cl_fsdp", "32-true"), ("cl_fsdp_4bit", "bf16-true")])
-def test_three_tasks_under_fsdp2_keep_equal_adapters_on_all_ranks(tmp_path, strategy, precision):
-    spawn.run(tools.three_tasks, 2, tmp_path, strategy, precision, True)
+@pytest.mark.parametrize(
+    ("strategy", "precision"), [("ddp", "32-true"), ("cl_fsdp", "32-true"), ("cl_fsdp_4bit", "bf16-true")]
+)
+def test_three_tasks_in_two_processes_are_those_of_one(tmp_path, one_process, strategy, precision):
+    spawn.run(tools.three_tasks, 2, tmp_path, strategy, precision)
     first, second = spawn.load(tmp_path)
-    assert first["sharded"]  # adapters of the third task are shards of their block's group
-    assert len(first["sharded"]) == len(first["stored"]["task_2"])
-    for name, value in first["adapters"].items():
-        assert torch.equal(value, second["adapters"][name])
-    for k in range(3):
-        assert all(
-            torch.equal(first["stored"][f"task_{k}"][n], first["adapters"][n]) for n in first["stored"][f"task_{k}"]
-        )
-        assert any(bool(v.any()) for n, v in first["stored"][f"task_{k}"].items() if "lora_B" in n)
     assert torch.equal(first["weight"], second["weight"])
     assert first["counts"].tolist() == [16, 16, 16]
     assert first["routes"] == second["routes"] == first["route"] == EXPECTED
     torch.testing.assert_close(first["logits"], second["logits"])
-    if strategy == "cl_fsdp":  # and they are those of one process
-        lm, router = module(), fitter()
-        for task in range(3):
-            fit(tmp_path, router, lm, task, rows={"batch_size": 8})
-        one = tools.adapters(router)
+    for name, value in first["adapters"].items():
+        assert torch.equal(value, second["adapters"][name])
+    for k in range(3):
+        stored = first["stored"][f"task_{k}"]
+        assert all(torch.equal(value, first["adapters"][name]) for name, value in stored.items())
+        assert all(bool(value.any()) for name, value in stored.items() if "lora_B" in name)
+    if strategy != "ddp":  # adapters of the third task are shards of their block's group
+        assert len(first["sharded"]) == len(first["stored"]["task_2"])
+    if "4bit" not in strategy:
+        total, weight, adapters = one_process
         for name, value in first["adapters"].items():
-            torch.testing.assert_close(value, one[name], atol=1e-5, rtol=1e-3)
-        torch.testing.assert_close(first["gram"], router._statistics.total.gram, atol=1e-4, rtol=1e-5)
+            torch.testing.assert_close(value, adapters[name], atol=1e-5, rtol=1e-3)
+        torch.testing.assert_close(first["gram"], total.gram, atol=1e-7, rtol=1e-5)
+        torch.testing.assert_close(first["weight"], weight, atol=1e-2, rtol=1e-3)
+    else:  # the forward pass reads 4-bit weights, so only their kind can be compared
+        assert first["quantized"] > 0
 
 
 def test_prompt_mask_is_what_the_fit_uses():
