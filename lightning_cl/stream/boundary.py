@@ -14,7 +14,7 @@ from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from typing_extensions import override
 
-from lightning_cl.distributed import gather_objects, raise_together, world_size
+from lightning_cl.distributed import gather_objects, world_size
 from lightning_cl.stream import files
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class TaskBoundary(Callback):
         if not self._saves:
             return
         root = trainer.strategy.broadcast(str(self._root(trainer)))
-        error = None
+        problem = ""
         if self._lock is None:
             self._lock = files.RunLock(Path(root))
             if trainer.is_global_zero:
@@ -70,9 +70,11 @@ class TaskBoundary(Callback):
                     files.check_writable(Path(root))
                     self._lock.acquire()
                     files.note_run(Path(root), stream.run_id)
-                except Exception as caught:
-                    error = caught
-            raise_together(error)
+                except (MisconfigurationException, OSError) as error:
+                    problem = str(error)
+            problem = trainer.strategy.broadcast(problem)
+            if problem:
+                raise MisconfigurationException(problem)
         task = files.task_folder(stream.current_index, stream.current_task.name)
         self.folder = Path(root, task)
         for callback in trainer.checkpoint_callbacks:
