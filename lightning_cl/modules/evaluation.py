@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -84,9 +85,19 @@ class Evaluation(nn.Module):
         """Feeds a metric named by its class path with predictions and references."""
         label = name.rpartition(".")[2]
         key = f"{stage}_{label}_{loader}"
+        is_new = key not in self._modules
         metric = self._metric(key, lambda: _from_path(name, num_classes), device)
         if len(pair[0]):
-            metric.update(*pair)
+            try:
+                metric.update(*pair)
+            except Exception as error:
+                kind = "the numbers of chosen and right options" if num_classes else "generated texts and references"
+                raise MisconfigurationException(
+                    f"the metric {name!r} cannot be fed with {kind} ({type(error).__name__}: {error}). Use a metric of "
+                    "`torchmetrics.text` for texts, one of `torchmetrics.classification` for options."
+                ) from error
+            if is_new:
+                _check_scalar(name, metric)
         return Update(metric, key, label, len(pair[0]))
 
     def gather(self) -> None:
@@ -104,6 +115,19 @@ class Evaluation(nn.Module):
         if key not in self._modules:
             self.add_module(key, make().to(device))
         return self._modules[key]
+
+
+def _check_scalar(name: str, metric: Metric) -> None:
+    """Lightning logs one number a metric; found out at the first batch rather than at the end."""
+    probe = copy.deepcopy(metric)
+    probe.sync_on_compute = False
+    value = probe.compute()
+    if isinstance(value, Mapping) or torch.as_tensor(value).numel() != 1:
+        found = ", ".join(map(str, value)) if isinstance(value, Mapping) else f"shape {tuple(value.shape)}"
+        raise MisconfigurationException(
+            f"the metric {name!r} gives several values ({found}), but a task has one score. Give the class path of a "
+            "subclass of yours whose `compute` returns one of them."
+        )
 
 
 def _from_path(path: str, num_classes: int) -> Metric:

@@ -54,6 +54,8 @@ def positions(attention_mask: Tensor) -> Tensor:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether ranks must run the model equally often, since each holds a part of the weights."""
+    if not torch.distributed.is_available():
+        return False
     from torch.distributed.tensor import DTensor
 
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())

@@ -86,7 +86,11 @@ def token_losses(model: nn.Module, batch: Mapping[str, Any], targets: TokenTarge
         batch: the model's inputs; keys that are not its inputs are left out.
         targets: of :func:`token_targets`, at least one.
     """
-    logits = logits_at(model, model_inputs(batch), targets.mask)
+    inputs = model_inputs(batch)
+    if accepts(model, "use_cache"):
+        # A cache is of no use here, and with one the library does not tell the segments of a packed batch apart.
+        inputs.setdefault("use_cache", False)
+    logits = logits_at(model, inputs, targets.mask)
     return F.cross_entropy(logits.float(), targets.targets, reduction="none")
 
 

@@ -39,7 +39,9 @@ def train_batches(loader):
 
 
 def test_training_batches_pad_on_the_right(encoder):
-    batch = next(iter(DataLoader(EncodedDataset(ROWS, encoder), batch_size=7, collate_fn=Collator(encoder.pad_token_id))))
+    batch = next(
+        iter(DataLoader(EncodedDataset(ROWS, encoder), batch_size=7, collate_fn=Collator(encoder.pad_token_id)))
+    )
     for i, row in enumerate(ROWS):
         alone = encoder.encode_train(row)
         n = len(alone["input_ids"])

@@ -105,7 +105,8 @@ def test_training_scoring_and_generation_see_the_same_prompt(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "end"), [("chatml", "<|im_end|>"), ("llama3", "<|eot_id|>"), ("gemma", "<end_of_turn>"), ("no_end", "</s>")]
+    ("name", "end"),
+    [("chatml", "<|im_end|>"), ("llama3", "<|eot_id|>"), ("gemma", "<end_of_turn>"), ("no_end", "</s>")],
 )
 def test_the_end_is_learned_and_stops_generation(name, end):
     tokenizer = family(name)
@@ -158,7 +159,10 @@ def test_conversation_that_begins_or_goes_on_with_other_turns():
 def test_blanks_that_the_template_trims():
     tokenizer = family("gemma")
     row = {"messages": [{"role": "user", "content": " Hi \n"}, {"role": "assistant", "content": "\n Hello! "}]}
-    pieces = [("<bos><start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\n", False), ("Hello!<end_of_turn>", True)]
+    pieces = [
+        ("<bos><start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\n", False),
+        ("Hello!<end_of_turn>", True),
+    ]
     check(tokenizer, row, pieces)
 
 
@@ -213,7 +217,9 @@ def test_messages_without_a_template_are_refused():
 def test_what_a_template_refuses_is_named():
     tokenizer = family("chatml")
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(DataError, match=r"refuses a conversation with the roles \['user', 'assistant'\].*must alternate"):
+    with pytest.raises(
+        DataError, match=r"refuses a conversation with the roles \['user', 'assistant'\].*must alternate"
+    ):
         Encoder(tokenizer).encode_train({"messages": TURNS[1:3]})
 
 

@@ -70,7 +70,10 @@ def test_prompt_loss_weight():
     light = Encoder(tokenizer, prompt_loss_weight=0.25).encode_train(row)
     assert light["labels"].tolist() == [-100, *light["input_ids"].tolist()[1:]]
     assert light["loss_weight"].tolist() == [0.25, 0.25, 1.0, 1.0, 1.0]
-    assert Encoder(tokenizer, prompt_loss_weight=0.25).encode_train({"text": "ab"})["loss_weight"].tolist() == [1.0, 1.0]
+    assert Encoder(tokenizer, prompt_loss_weight=0.25).encode_train({"text": "ab"})["loss_weight"].tolist() == [
+        1.0,
+        1.0,
+    ]
     full = Encoder(tokenizer, prompt_loss_weight=1.0).encode_train(row)
     assert set(full) == {"input_ids", "attention_mask", "labels"}
     assert full["labels"].tolist() == light["labels"].tolist()
@@ -117,7 +120,9 @@ def test_long_prompts_lose_their_own_words_alone(prompt, answer, max_length, sid
             words = prompt.rstrip(" ") if template == "none" else prompt.strip()
             place = text.index(words)
             gone = len(text) - len(rest)
-            lost = slice(place, place + gone) if side == "left" else slice(place + len(words) - gone, place + len(words))
+            lost = (
+                slice(place, place + gone) if side == "left" else slice(place + len(words) - gone, place + len(words))
+            )
             assert rest == text[: lost.start] + text[lost.stop :]
 
 
@@ -138,7 +143,11 @@ def test_the_prompt_is_cut_alike_in_training_scoring_and_generation(prompt, max_
 def test_long_conversations_and_texts(side):
     tokenizer = family("chatml")
     encoder = Encoder(tokenizer, max_length=70, truncation_side=side)
-    turns = [{"role": "system", "content": "S"}, {"role": "user", "content": "u" * 90}, {"role": "assistant", "content": "ok"}]
+    turns = [
+        {"role": "system", "content": "S"},
+        {"role": "user", "content": "u" * 90},
+        {"role": "assistant", "content": "ok"},
+    ]
     text = tokenizer.decode(encoder.encode_train({"messages": turns})["input_ids"])
     assert text.startswith("<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nuuu")
     assert text.endswith("uuu<|im_end|>\n<|im_start|>assistant\nok<|im_end|>")
@@ -162,7 +171,9 @@ def test_truncation_is_counted_and_reported(recwarn):
     assert (report.rows, report.truncated, report.tokens_cut, report.longest, report.total) == (3, 2, 2 + 4, 12, 3)
     sampled = count_truncated(rows * 100, encoder, limit=30)
     assert (sampled.rows, sampled.truncated, sampled.total) == (30, 20, 300)
-    with pytest.warns(UserWarning, match=r"task a: 2 of 3 rows are longer than `max_length=8` .* 12\) and lose 6 tokens"):
+    with pytest.warns(
+        UserWarning, match=r"task a: 2 of 3 rows are longer than `max_length=8` .* 12\) and lose 6 tokens"
+    ):
         report_truncated(rows, encoder, "task a")
     recwarn.clear()
     report_truncated(rows[:1], encoder, "task a")
@@ -211,7 +222,9 @@ def test_for_module():
     assert Encoder.for_module(None, tiny_tokenizer()).max_length == 128
     with pytest.raises(MisconfigurationException, match=r"`max_length=100`: the model's context is 64 tokens"):
         Encoder.for_module(Module(), max_length=100)
-    with pytest.raises(MisconfigurationException, match=r"no tokenizer: `tokenizer` is None and object has no attribute"):
+    with pytest.raises(
+        MisconfigurationException, match=r"no tokenizer: `tokenizer` is None and object has no attribute"
+    ):
         Encoder.for_module(object())
 
 

@@ -60,7 +60,9 @@ BAD_LINES = {
 @pytest.mark.parametrize("line", BAD_LINES)
 def test_bad_line_names_file_and_line(tmp_path, line):
     path = write(tmp_path / "bad.jsonl", [json.dumps(TEXT), line])
-    with pytest.raises(DataError, match=f"bad.jsonl, .*{BAD_LINES[line]}" if "line 2" in BAD_LINES[line] else BAD_LINES[line]):
+    with pytest.raises(
+        DataError, match=f"bad.jsonl, .*{BAD_LINES[line]}" if "line 2" in BAD_LINES[line] else BAD_LINES[line]
+    ):
         read_rows(path)
 
 
@@ -196,7 +198,7 @@ def test_bad_hub_names(hub_copy):
         read_rows("hf://owner/name/none")
     with pytest.raises(DataError, match=r"hf://owner/name/easy:dev: cannot be loaded .*Check owner, name"):
         read_rows("hf://owner/name/easy:dev")
-    with pytest.raises(DataError, match="is not a hub name. Write `hf://owner/name`"):
+    with pytest.raises(DataError, match=r"is not a hub name. Write `hf://owner/name`"):
         read_rows("hf://a/b/c/d")
     with pytest.raises(DataError, match="is not a hub name"):
         read_rows("hf://")

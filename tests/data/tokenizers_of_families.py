@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
@@ -69,7 +69,7 @@ def family(name: str, cls: type = PreTrainedTokenizerFast) -> Any:
         unk_token="<unk>",
         bos_token=bos,
         eos_token=eos,
-        extra_special_tokens=more,
     )
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in more], special_tokens=True)
     tokenizer.chat_template = template
     return tokenizer
