@@ -204,8 +204,8 @@ def _write_adapter(
     if rest:
         raise MisconfigurationException(
             f"{len(rest)} weights outside of the adapter {adapter!r} were trained (first: {next(iter(rest))}), and an"
-            " adapter folder cannot hold them. Name their layers in `modules_to_save` of the `LoraConfig` before training, or merge"
-            " (`lightning-cl export --merge`), which keeps them."
+            " adapter folder cannot hold them. Name their layers in `modules_to_save` of the `LoraConfig` before training,"
+            " or merge (`lightning-cl export --merge`), which keeps them."
         )
     _write_files(folder, config, mine)
     _write_card(folder, description["base"], config, note, merged=False)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_cl import weights
 from lightning_cl.distributed import gather_objects
 from lightning_cl.strategies import checks, config, evaluation, sharding, shards
 from lightning_cl.strategies.blocks import compile_blocks, enable_activation_checkpointing, find_shard_blocks
@@ -181,18 +182,19 @@ class CLFSDPStrategy(ModelParallelStrategy):
         assert module is not None
         assert self.accelerator is not None
         self.accelerator.setup(trainer)
+        record = record_of(module)
+        if record.sharded is not None:
+            sharding.refresh(module)
         wanted = self._layout()
         problems = checks.precision(self, self.quantization)
         problems += checks.fsdp(module, str(self.precision_plugin.precision), wanted)
         checks.raise_together(problems)
-        record = record_of(module)
         if record.sharded is None:
             self.contents.prepare(module)
             self._shard(module)
             record.sharded = wanted
         else:
             note_trainable(module)
-            sharding.refresh(module)
         self.model = module
         self.barrier()
         if trainer.state.fn == TrainerFn.FITTING:
@@ -262,6 +264,13 @@ class CLFSDPStrategy(ModelParallelStrategy):
         assert self.lightning_module is not None
         self.lightning_module.to(self.root_device)
 
+    @override
+    def teardown(self) -> None:
+        # An evaluation leaves the root group gathered; between fits it is memory for nothing.
+        if self.lightning_module is not None and record_of(self.lightning_module).sharded is not None:
+            sharding.refresh(self.lightning_module)
+        super().teardown()
+
     # --- steps -----------------------------------------------------------------------------------------------------
 
     @override
@@ -290,7 +299,15 @@ class CLFSDPStrategy(ModelParallelStrategy):
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
-        return evaluation.count_each_row_once(dataloader, self.world_size, self.global_rank)
+        return evaluation.count_each_row_once(dataloader)
+
+    @override
+    def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
+        # Lightning averages the counts of rows as integers, which drops half a row: a mean over 101 rows on two ranks
+        # would be divided by 100.
+        if isinstance(tensor, Tensor) and not tensor.is_floating_point() and str(reduce_op).lower() in ("mean", "avg"):
+            tensor = tensor.to(torch.float64)
+        return super().reduce(tensor, group, reduce_op)
 
     @override
     def pre_backward(self, closure_loss: Tensor) -> None:
@@ -341,9 +358,7 @@ class CLFSDPStrategy(ModelParallelStrategy):
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         assert self.lightning_module is not None
-        for part in self.lightning_module.modules():
-            if sharding.is_sharded(part):
-                part.reshard()  # type: ignore[operator]
+        weights.reshard(self.lightning_module)
         state = self.contents.weights(self.lightning_module)
         return state if self._save_distributed_checkpoint else self._whole(state)
 

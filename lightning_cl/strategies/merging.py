@@ -237,8 +237,8 @@ def _locate(
     if missing and strict:
         raise MisconfigurationException(
             f"The base {base} has no tensor {missing[0]!r} ({len(missing)} of {len(wanted)} are missing). Merge into the"
-            " base that the run started from; a model whose files name or fuse tensors in another way than its classes do can be"
-            " written anew with `model.save_pretrained(folder)`."
+            " base that the run started from; a model whose files name or fuse tensors in another way than its classes do"
+            " can be written anew with `model.save_pretrained(folder)`."
         )
     return places
 

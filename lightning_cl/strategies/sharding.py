@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_cl import weights
 from lightning_cl.strategies.record import record_of
 
 
@@ -86,9 +87,9 @@ def param_groups(module: nn.Module) -> list[Any]:
 
 def refresh(module: nn.Module) -> None:
     """Before a further fit: free gathered parameters and let every group look again at what is trainable."""
+    weights.reshard(module)
     for part in module.modules():
         if is_sharded(part):
-            part.reshard()  # type: ignore[operator]
             for group in param_groups(part):
                 group._init_mp_dtypes()
 

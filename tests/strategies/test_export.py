@@ -198,7 +198,9 @@ def test_refusals(tmp_path: Path) -> None:
             merge(adapter, None if "base_model_name_or_path" in change else base, tmp_path / "merged")
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     model_config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps({**model_config, "quantization_config": {"quant_method": "bitsandbytes"}}))
+    (base / "config.json").write_text(
+        json.dumps({**model_config, "quantization_config": {"quant_method": "bitsandbytes"}})
+    )
     with pytest.raises(MisconfigurationException, match=r"is quantized \(bitsandbytes\), and merging"):
         merge(adapter, base, tmp_path / "merged")
     smaller = _base(tmp_path / "smaller", num_hidden_layers=1)
