@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -704,3 +707,87 @@ def test_self_generated_rows_are_held_to_the_model_that_made_them(tmp_path: Path
     fit(tmp_path, callback, net, mixer)
     assert float(callback.steps[0]["value"].detach()) > 0
     assert len(callback.steps) == 4
+
+
+# ------------------------------------------------------------------------------------ fragment and card
+
+CATALOGUE = Path(__file__).parents[2] / "callbacks"
+
+
+def test_cards_snippet_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (CATALOGUE / "activation_margin_regularizer.md").read_text()
+    first = text.splitlines()[0]
+    links = re.findall(r"\]\(([^)]+)\)", first)
+    assert "../tests/callbacks/test_activation_margin_regularizer.py" in links
+    for link in links:
+        assert (CATALOGUE / link).is_file(), link
+    (snippet,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    scope: dict[str, Any] = {"__name__": "snippet"}
+    exec(compile(snippet, "activation_margin_regularizer.md", "exec"), scope)
+    assert scope["margin"].task_index == 2
+    assert float(scope["trainer"].callback_metrics["cl/activation_margin"]) > 0
+
+
+def test_card_names_every_argument() -> None:
+    table = (CATALOGUE / "activation_margin_regularizer.md").read_text()
+    for name in inspect.signature(ActivationMarginRegularizer).parameters:
+        assert re.search(rf"^\| `{name}` \|", table, re.MULTILINE), name
+
+
+def test_fragment_trains_in_a_stock_lightning_cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning.pytorch.cli import LightningCLI
+
+    monkeypatch.chdir(tmp_path)
+    general = tmp_path / "examples" / "assets" / "general.jsonl"
+    general.parent.mkdir(parents=True)
+    general.write_text("".join(f'{{"text": "the {i}th text of all"}}\n' for i in range(8)))
+    settings = {
+        "max_steps": 3,
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "callbacks": [],
+    }
+    (tmp_path / "base.yaml").write_text(json.dumps({"trainer": settings}))
+    fragment = str(CATALOGUE / "activation_margin_regularizer.yaml")
+    monkeypatch.setattr("sys.argv", ["cli", "--config", "base.yaml", "--config", fragment])
+    cli = LightningCLI(Speaking, run=False, save_config_callback=None)
+    cli.trainer.fit(cli.model, models.loader())
+    assert float(cli.trainer.callback_metrics["cl/activation_margin"]) > 0
+
+
+class Speaking(models.PlainLM):
+    def __init__(self) -> None:
+        super().__init__(models.tiny_llama(), lr=0.5)
+        self.tokenizer = models.tiny_tokenizer()
+
+
+def test_every_argument_goes_through_yaml() -> None:
+    from jsonargparse import ArgumentParser
+
+    given = {
+        "weight": "dynamic",
+        "num_std": 0.5,
+        "layers": ["final_norm", "model.layers.0"],
+        "objective": "l1",
+        "reference": "stored",
+        "anchor": "previous_task",
+        "reduction": "mean",
+        "target": None,
+        "max_weight": 7.0,
+        "store": "states",
+        "allow_other_model": True,
+        "skip_first_token": True,
+        "collect_batch_size": 3,
+    }
+    assert given.keys() == inspect.signature(ActivationMarginRegularizer).parameters.keys()
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--callback", type=ActivationMarginRegularizer)
+    config = {"class_path": "lightning_cl.callbacks.ActivationMarginRegularizer", "init_args": given}
+    parsed = parser.parse_object({"callback": config})
+    again = parser.parse_string(parser.dump(parsed))
+    callback = parser.instantiate_classes(again).callback
+    for name, value in given.items():
+        assert getattr(callback, name) == value, name
