@@ -203,16 +203,22 @@ def fragment_problem(args: list[str]) -> Optional[str]:
 
 
 def double_callback(config: Any) -> Optional[str]:
-    """The first of this package's callbacks that a parsed configuration holds twice, in words, or None."""
+    """The first of this package's callbacks that a parsed configuration holds twice, in words, or None.
+
+    Two of one class with different arguments (two ReplayMixers with sources of their own) are two callbacks.
+    """
     subcommand = config.get("subcommand")
     callbacks = (config.get(subcommand, config) if subcommand else config).get("trainer.callbacks") or []
-    paths = [c.get("class_path", "") for c in (callbacks if isinstance(callbacks, list) else [callbacks]) if c is not None]
-    for path, count in Counter(paths).items():
-        if count > 1 and path.startswith("lightning_cl."):
-            name = path.rsplit(".", 1)[1]
+    given: Counter[tuple[str, str]] = Counter()
+    for entry in callbacks if isinstance(callbacks, list) else [callbacks]:
+        path = entry.get("class_path", "") if hasattr(entry, "get") else ""
+        if path.startswith("lightning_cl."):
+            given[path, repr(entry.get("init_args"))] += 1
+    for (path, _), count in given.items():
+        if count > 1:
             return (
-                f"the callback `{name}` is given {count} times, by configurations that each append it, and would act"
-                f" {count} times a step. Give it once; its arguments can be changed with `--trainer.callbacks.ARGUMENT`."
+                f"the callback `{path.rsplit('.', 1)[1]}` is given {count} times with the same arguments, by configurations"
+                " that each append it, and would act that often in each step. Give it once."
             )
     return None
 
