@@ -172,7 +172,7 @@ class LoRAInterpolator(ContinualCallback):
         super().on_train_start(trainer, pl_module)
         if not resumed:
             self._steps, self._global_step = 0, trainer.global_step
-        self._task_decay = self._decay_of_task(trainer, warn=not resumed)
+            self._task_decay = self._decay_of_task(trainer)
         if trainer.global_step > self._global_step:
             # The checkpoint was written between an optimizer step and its update.
             self._step_ended(trainer)
@@ -240,6 +240,7 @@ class LoRAInterpolator(ContinualCallback):
     def on_task_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave the set in the module that ``evaluate_with`` names."""
         self._begin(trainer, pl_module)
+        self._take_best(trainer)
         if self.export is not None:
             name = f"task_{self.task_index}" + (f"_{self.task_name}" if self.task_name else "")
             folder = Path(trainer.log_dir or trainer.default_root_dir) / "adapters" / name
@@ -259,7 +260,8 @@ class LoRAInterpolator(ContinualCallback):
         """
         from lightning_cl.strategies.export import export_adapter
 
-        export_adapter(pl_module, folder, state=self.slow_weights() if which == "slow" else None)
+        active = anatomy.adapter_layers(pl_module)[0].active_adapters[0]
+        export_adapter(pl_module, folder, active, state=self.slow_weights() if which == "slow" else None)
 
     # --------------------------------------------------------------------------- checkpoints
 
@@ -269,6 +271,7 @@ class LoRAInterpolator(ContinualCallback):
         return {
             **super().state_dict(),
             **self._average.state_dict(),
+            "decay": self._task_decay,
             "steps": self._steps,
             "global_step": self._global_step,
             "evaluate_with": self.evaluate_with,
@@ -282,6 +285,8 @@ class LoRAInterpolator(ContinualCallback):
             return
         self._average.load_state_dict(state_dict)
         self._steps, self._global_step = state_dict["steps"], state_dict["global_step"]
+        # Of the whole task: while a run is led back into the middle of it, the Trainer does not know its length.
+        self._task_decay = state_dict["decay"]
 
     @override
     def on_save_checkpoint(
@@ -363,7 +368,18 @@ class LoRAInterpolator(ContinualCallback):
             self._average.restart_where_changed(trainer.strategy.reduce_boolean_decision)
         self._average.start()
 
-    def _decay_of_task(self, trainer: pl.Trainer, warn: bool) -> float:
+    def _take_best(self, trainer: pl.Trainer) -> None:
+        """If ``fit_stream`` has put the fast weights of its best checkpoint in, take the slow ones of that checkpoint."""
+        best = getattr(trainer.datamodule, "best_loaded", "") if hasattr(trainer, "datamodule") else ""
+        if not best:
+            return
+        path = Path(best, "meta.pt") if Path(best).is_dir() else Path(best)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["callbacks"].get(self.state_key)
+        if state is not None:
+            self._average.load_state_dict(state)
+            self._average.start()
+
+    def _decay_of_task(self, trainer: pl.Trainer) -> float:
         steps = trainer.estimated_stepping_batches
         known = 0 < steps < float("inf")
         updates = max(1, int(steps) // self.update_every_n_steps) if known else 0
@@ -378,7 +394,7 @@ class LoRAInterpolator(ContinualCallback):
             decay = half_life_to_decay(self.half_life, updates)
         else:
             decay = self.decay
-        if warn and known:
+        if known:
             done = min(self._average.updates[n] for n in self._average.parameters) if self.warmup else None
             share = remaining_share(decay, updates, done)
             if share > _LARGEST_SHARE_OF_BEFORE:

@@ -459,6 +459,107 @@ def test_a_checkpoint_from_before_the_callback_starts_a_new_average(tmp_path: Pa
     _assert_same(callback.slow_weights(), _average_of(initial, callback.fast, [0.5] * 4), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("export", ["slow", "fast"])
+def test_export_writes_a_folder_that_peft_loads(tmp_path: Path, export: str) -> None:
+    from peft import PeftModel
+
+    module = _module()
+    callback = Recorder(decay=0.5, consistency_weight=0, export=export)
+    _fit(tmp_path, module, [callback])
+    loaded = PeftModel.from_pretrained(models.tiny_llama(), tmp_path / "adapters" / "task_0").eval()
+    wanted = callback.slow_weights() if export == "slow" else callback.fast[-1]
+    batch = next(iter(models.loader(rows=4, seed=9)))
+    module.eval()
+    with torch.no_grad(), weights.swapped(module, wanted):
+        expected = module.model(**batch).logits
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**batch).logits, expected)
+
+
+# -------------------------------------------------------------------- streams of tasks
+
+
+class StreamLM(models.PlainLM):
+    """One loader a task, as a stream gives them."""
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.log("test_loss", self.model(**batch).loss, batch_size=len(batch["input_ids"]))
+
+
+def _stream() -> Any:
+    from lightning_cl import Task, TaskStream
+
+    tasks = [
+        Task(f"t{i}", train=models.TokenRows(12, seed=i), val=models.TokenRows(4, seed=i + 10), metric="loss")
+        for i in range(2)
+    ]
+    return TaskStream(tasks, batch_size=4, collate_fn=models.collate, seed=0)
+
+
+def _streamed(folder: Path, callbacks: list[Callback], kill: int | None = None, **kwargs: Any) -> models.PlainLM:
+    from lightning_cl import fit_stream
+
+    module = StreamLM(models.lora(models.tiny_llama()), lr=0.01, optimizer="adamw")
+    extra = [] if kill is None else [KillInTask(1, kill)]
+    trainer = models.trainer(
+        folder,
+        callbacks=[*callbacks, *extra],
+        enable_checkpointing=True,
+        max_steps=-1,
+        max_epochs=2,
+        num_sanity_val_steps=0,
+    )
+    try:
+        fit_stream(trainer, module, _stream(), **kwargs)
+    except (SystemExit, KeyboardInterrupt):
+        assert kill is not None
+    return module
+
+
+class KillInTask(Callback):
+    def __init__(self, task: int, step: int) -> None:
+        self.task, self.step = task, step
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.datamodule.current_index == self.task and trainer.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def test_a_stream_resumed_in_the_middle_of_an_epoch_ends_bit_for_bit(tmp_path: Path) -> None:
+    def callbacks() -> list[Callback]:
+        return [
+            _mixer(),
+            LoRAInterpolator(half_life=0.3, consistency_weight=2.0),
+            ModelCheckpoint(every_n_train_steps=1, save_top_k=-1, filename="{step}"),
+        ]
+
+    unbroken, resumed = callbacks(), callbacks()
+    module = _streamed(tmp_path / "a", unbroken)
+    _streamed(tmp_path / "b", callbacks(), kill=4)
+    other = _streamed(tmp_path / "b", resumed, ckpt_path="last")
+    _assert_same(_copy(weights.trainable(other)), _copy(weights.trainable(module)))
+    _assert_same(resumed[1].slow_weights(), unbroken[1].slow_weights())  # type: ignore[attr-defined]
+
+
+def test_the_best_weights_of_a_task_are_the_set_that_was_evaluated(tmp_path: Path) -> None:
+    class Take(Recorder):
+        """What the module holds when each task has ended, and what its best checkpoint holds."""
+
+        ended: list[tuple[Weights, Weights]]
+
+        def on_task_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            super().on_task_end(trainer, pl_module)
+            best = torch.load(trainer.datamodule.best_loaded, weights_only=True)
+            self.ended.append((_copy(weights.trainable(pl_module)), best["callbacks"][self.state_key]["slow"]))
+
+    callback = Take(half_life=0.3, consistency_weight=0)
+    callback.ended = []
+    saver = ModelCheckpoint(monitor="val_loss", mode="max")  # not the last one, which has learnt the most
+    _streamed(tmp_path, [callback, saver], task_end_weights="best")
+    for held, best in callback.ended:
+        _assert_same(held, best)
+
+
 # ------------------------------------------------------------------- which parameters
 
 
