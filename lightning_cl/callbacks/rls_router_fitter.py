@@ -549,11 +549,12 @@ class RLSRouterFitter(ContinualCallback):
     @override
     def state_dict(self) -> dict[str, Any]:
         """Statistics, seed, the finished tasks' adapters and the confusion matrices."""
-        allocated = 0 if self._bank is None else len(self._bank.names)
+        bank = self._bank
         router = {
             "statistics": self._statistics.state_dict(),
             "adapters": {name: dict(weights) for name, weights in self._stored.items()},
-            "allocated": allocated,
+            "allocated": 0 if bank is None else len(bank.names),
+            "serving": {} if bank is None else {**bank.description(), "min_margin": self.min_margin},
             "general_ids": sorted(self._general_ids),
             "confusion": self.confusion.state_dict(),
         }
@@ -576,11 +577,14 @@ class RLSRouterFitter(ContinualCallback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Rank 0 writes the state, so the running task's sums of all ranks go to rank 0."""
+        """Write the running task's sums of all ranks, which rank 0 goes on with."""
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
         if distributed.world_size() > 1 and "callbacks" in checkpoint:
-            self._statistics.gather_on_first_rank()
+            self._statistics.sum_over_ranks()
+            self._general_ids = set().union(*distributed.gather_objects(self._general_ids))
             checkpoint["callbacks"][self.state_key] = self.state_dict()
+            if distributed.rank() != 0:
+                self._statistics.restart_task()
 
     # ------------------------------------------------------------------ inside
 

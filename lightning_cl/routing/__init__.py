@@ -12,9 +12,19 @@ _PUBLIC = {
     "Routes": "router",
     "load_routed": "serving",
     "save_routed": "serving",
+    "save_routed_state": "serving",
 }
 
-__all__ = ["AdapterBank", "AnalyticRouter", "Expansion", "RoutedForward", "Routes", "load_routed", "save_routed"]
+__all__ = [
+    "AdapterBank",
+    "AnalyticRouter",
+    "Expansion",
+    "RoutedForward",
+    "Routes",
+    "load_routed",
+    "save_routed",
+    "save_routed_state",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -204,12 +205,21 @@ class AdapterBank:
 
         whole = self.snapshot(name) if whole is None else whole
         Path(folder).mkdir(parents=True, exist_ok=True)
-        # PEFT keeps adapter names out of its files.
-        tensors = {n.replace(f".{name}.", ".").removesuffix(f".{name}"): t.contiguous() for n, t in whole.items()}
-        save_file(tensors, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_file(peft_tensors(name, whole), Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
         config = copy.deepcopy(self.model.peft_config[name])
         config.inference_mode = True
         config.save_pretrained(str(folder))
+
+    def description(self) -> dict[str, str]:
+        """What a checkpoint must say besides the weights: the adapters' configuration, and the feature layer's name."""
+        config = (
+            self._config_above() if self.config is not None else copy.deepcopy(self.model.peft_config[self.names[0]])
+        )
+        config.inference_mode = True
+        values = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
+        stem = anatomy.name_of(self.module, self.model.base_model.model)
+        inside = self.feature_layer.removeprefix(f"{stem}.") if stem else self.feature_layer
+        return {"adapter_config": json.dumps(values, default=str), "feature_layer": inside}
 
     # ------------------------------------------------------------------ inside
 
@@ -284,3 +294,8 @@ class AdapterBank:
         except MisconfigurationException:
             return []
         return [name.removeprefix(f"{stem}.") if stem else name for name in blocks]
+
+
+def peft_tensors(name: str, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights under the names of PEFT's files, which leave the adapter's name out."""
+    return {n.replace(f".{name}.", ".").removesuffix(f".{name}"): t.contiguous() for n, t in whole.items()}

@@ -119,11 +119,18 @@ def prompt_mask(attention_mask: Tensor | None, labels: Tensor | None) -> Tensor 
 
 
 def text_fields(batch: Any) -> dict[str, Tensor]:
-    """``input_ids``, ``attention_mask``, ``labels`` and ``position_ids`` of a batch that is a mapping, where they are."""
+    """``input_ids``, ``attention_mask``, ``labels`` and ``position_ids`` of a batch that is a mapping, where they are.
+
+    A prompt whose tokens carry a small part of the loss (``loss_weight`` below 1) is still a prompt: no labels there.
+    """
     if not isinstance(batch, Mapping):
         return {}
     names = ("input_ids", "attention_mask", "labels", "position_ids")
-    return {k: batch[k] for k in names if isinstance(batch.get(k), Tensor) and batch[k].ndim == 2}
+    fields = {k: batch[k] for k in names if isinstance(batch.get(k), Tensor) and batch[k].ndim == 2}
+    weight = batch.get("loss_weight")
+    if "labels" in fields and isinstance(weight, Tensor) and weight.shape == fields["labels"].shape:
+        fields["labels"] = fields["labels"].masked_fill(weight < 1, IGNORED_LABEL)
+    return fields
 
 
 def find_feature_layer(module: nn.Module, feature_layer: str | int = "auto") -> str:

@@ -11,11 +11,13 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_cl import anatomy
-from lightning_cl.routing.adapters import AdapterBank
+from lightning_cl.functional import RecursiveLeastSquares
+from lightning_cl.routing.adapters import AdapterBank, peft_tensors
+from lightning_cl.routing.features import Expansion
 from lightning_cl.routing.forward import RoutedForward
-from lightning_cl.routing.router import BASE, AnalyticRouter
+from lightning_cl.routing.router import BASE, AnalyticRouter, RouteClass
 
-__all__ = ["load_routed", "save_routed"]
+__all__ = ["load_routed", "save_routed", "save_routed_state"]
 
 
 def save_routed(
@@ -38,6 +40,38 @@ def save_routed(
     for adapter in {c.adapter for c in router.classes} - {BASE}:
         bank.export(adapter, Path(folder) / adapter, (stored or {}).get(adapter))
     AnalyticRouter(inside, router.expansion, router.classes, router.weight, router.seen, router.min_margin).save(folder)
+
+
+def save_routed_state(folder: str | Path, state: Mapping[str, Any]) -> None:
+    """Write the same folder from what `RLSRouterFitter` keeps in a checkpoint, without a model.
+
+    Args:
+        folder: Where; made if missing.
+        state: ``checkpoint["callbacks"]["RLSRouterFitter"]["router"]``.
+
+    Raises:
+        MisconfigurationException: If no task had ended when the checkpoint was written, or the model had no adapters.
+    """
+    from safetensors.torch import save_file
+
+    kept, about = state["statistics"], state["serving"]
+    if not state["adapters"] or not about:
+        raise MisconfigurationException(
+            "The checkpoint's `RLSRouterFitter` has no finished task with an adapter, so there is nothing to serve. Use a"
+            " checkpoint that was written after a task's end."
+        )
+    solver = RecursiveLeastSquares(kept["expansion_dim"])
+    solver.load_state_dict(kept["total"])
+    classes = [RouteClass(name, adapter) for name, adapter in kept["classes"]][: solver.num_classes]
+    expansion = Expansion(kept["in_features"], kept["expansion_dim"], kept["seed"])
+    seen = [bool(n) for n in solver.counts.tolist()]
+    router = AnalyticRouter(about["feature_layer"], expansion, classes, solver.weight, seen, about["min_margin"])
+    for adapter, whole in state["adapters"].items():
+        path = Path(folder) / adapter
+        path.mkdir(parents=True, exist_ok=True)
+        save_file(peft_tensors(adapter, whole), path / "adapter_model.safetensors", metadata={"format": "pt"})
+        (path / "adapter_config.json").write_text(about["adapter_config"])
+    router.save(folder)
 
 
 def load_routed(model: Any, folder: str | Path) -> Any:

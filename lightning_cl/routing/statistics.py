@@ -80,15 +80,9 @@ class RouterStatistics:
         """Rows of the running task on this rank."""
         return int(self.current.counts.sum()) + sum(len(rows) for rows, _ in self._pending)
 
-    def gather_on_first_rank(self) -> None:
-        """Give rank 0 the running task's sums of all ranks, so that one checkpoint holds them. Collective."""
-        self._sum_over_ranks()
-        if distributed.rank() != 0:
-            self.restart_task()
-
     def end_task(self) -> None:
         """Add the running task to the finished ones and choose the ridge. Collective."""
-        self._sum_over_ranks()
+        self.sum_over_ranks()
         device = self.current.device
         self.total.to(device).merge(self.current)
         self.restart_task()
@@ -161,7 +155,8 @@ class RouterStatistics:
             if state["pending_rows"] is not None:
                 self._pending.append((state["pending_rows"], state["pending_labels"]))
 
-    def _sum_over_ranks(self) -> None:
+    def sum_over_ranks(self) -> None:
+        """Sum the running task's rows of all ranks, on every rank. Collective."""
         self.flush()
         if distributed.world_size() > 1:
             self.current.all_reduce(distributed.cpu_group())
