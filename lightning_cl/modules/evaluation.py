@@ -12,9 +12,10 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import Metric
 
 from lightning_cl.distributed import gather_objects
+from lightning_cl.modules.row_mean import RowMean
 from lightning_cl.modules.text_scores import TEXT_SCORES
 
 Stage = Literal["val", "test"]
@@ -58,7 +59,7 @@ class Evaluation(nn.Module):
     ) -> Update:
         """Adds the rows' scores ``[B]`` to the loader's mean; rows that are not ``counted`` are left out."""
         key = f"{stage}_{name}_{loader}"
-        metric = self._metric(key, MeanMetric, scores.device)
+        metric = self._metric(key, RowMean, scores.device)
         scores = scores[counted].float()
         metric.update(scores)
         ids = [None] * len(scores) if row_ids is None else row_ids[counted].tolist()

@@ -193,6 +193,15 @@ def test_loss_is_the_mean_over_rows_whatever_the_batches(tmp_path):
         assert sorted(pl_module.row_scores[0]) == pytest.approx(sorted(expected), rel=1e-5)
 
 
+def test_scores_keep_their_digits_in_half_precision(tmp_path):
+    """Three rows of four are 0.75 in any dtype, a mean loss is not: it is kept in float32 under bf16-true too."""
+    pl_module = module()
+    trainer = make_trainer(tmp_path, precision="bf16-true")
+    (result,) = trainer.validate(pl_module, loader(pl_module, TEXTS, "eval", "loss", 1), verbose=False)
+    scores = pl_module.row_scores[0]
+    assert result["val_loss"] == pytest.approx(sum(scores) / len(scores), rel=1e-6)
+
+
 def test_accuracy_equals_one_row_at_a_time(tmp_path):
     pl_module = module()
     encoder = Encoder.for_module(pl_module, template="none")
