@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import inspect
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -624,3 +626,21 @@ def test_prompt_mask_is_what_the_fit_uses():
     assert int(prompt_mask(batch["attention_mask"], batch["labels"]).sum()) == int(
         ((batch["labels"] == -100) & batch["attention_mask"].bool()).sum()
     )
+
+
+def test_the_cards_example_runs(capsys):
+    card = (Path(__file__).parents[2] / "callbacks" / "rls_router_fitter.md").read_text()
+    assert Path(__file__).parents[2].joinpath("tests/callbacks/test_rls_router_fitter.py").is_file()
+    exec(compile(card.split("```python\n")[1].split("```")[0], "rls_router_fitter.md", "exec"), {"__name__": "card"})
+    assert "['task_1', 'task_0', 'task_1']" in capsys.readouterr().out
+
+
+def test_the_cards_table_names_every_argument_and_its_default():
+    card = (Path(__file__).parents[2] / "callbacks" / "rls_router_fitter.md").read_text()
+    rows = [line.split("|")[1:-1] for line in card.splitlines() if line.startswith("| `")]
+    shown = {row[0].strip(" `"): row[3].strip(" `") for row in rows}
+    arguments = inspect.signature(RLSRouterFitter).parameters
+    assert list(shown) == list(arguments)
+    for name, parameter in arguments.items():
+        default = parameter.default
+        assert shown[name].strip('"') == ("none" if default is None else str(default))
