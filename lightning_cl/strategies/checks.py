@@ -167,11 +167,17 @@ def _uint8_layers(module: nn.Module) -> list[str]:
     return [n for n, p in module.named_parameters() if p.dtype is torch.uint8]
 
 
-def groups(module: nn.Module, blocks: list[str]) -> list[str]:
-    """Problems of the parameters with the groups that they would be sharded in."""
+def groups(module: nn.Module, blocks: list[str], converted: bool) -> list[str]:
+    """Problems of the parameters with the groups that they would be sharded in.
+
+    Args:
+        module: the LightningModule.
+        blocks: names of its blocks.
+        converted: whether the precision converts all parameters to one dtype.
+    """
     problems = []
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in module.parameters() if p.requires_grad})
-    if len(dtypes) > 1:
+    if len(dtypes) > 1 and not converted:
         problems.append(
             f"The trainable parameters have several dtypes ({', '.join(dtypes)}), but FSDP averages a block's gradients in"
             " one. Use `precision='bf16-true'`, or convert the module's parameters to one dtype."

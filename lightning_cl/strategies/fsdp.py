@@ -217,9 +217,8 @@ class CLFSDPStrategy(ModelParallelStrategy):
 
         dtype = checks.compute_dtype(self.precision_plugin)
         mixed = str(self.precision_plugin.precision).endswith("-mixed")
-        self.precision_plugin.convert_module(module)
         blocks = find_shard_blocks(module, self.blocks, self.min_parameters)
-        checks.raise_together(checks.groups(module, blocks))
+        checks.raise_together(checks.groups(module, blocks, converted=not mixed and dtype is not torch.float32))
         if self.activation_checkpointing:
             enable_activation_checkpointing(module)
         if self.compile_blocks:
@@ -228,13 +227,14 @@ class CLFSDPStrategy(ModelParallelStrategy):
 
         def before_block(name: str) -> None:
             nonlocal probe
-            if self.quantization is None:
-                return
-            from lightning_cl.strategies.quantization import Probe, quantize
+            if self.quantization is not None:
+                from lightning_cl.strategies.quantization import Probe, quantize
 
-            done = quantize(module, self.quantization, self.root_device, dtype, part=name, shardable=True)
-            if probe is None and done and self.quantization.check:
-                probe = Probe(module, done[0])
+                done = quantize(module, self.quantization, self.root_device, dtype, part=name, shardable=True)
+                if probe is None and done and self.quantization.check:
+                    probe = Probe(module, done[0])
+            # Block by block, so that a model which is mapped from its file is never in memory as a whole.
+            self.precision_plugin.convert_module(module.get_submodule(name))
 
         sharding.shard_module(
             module,

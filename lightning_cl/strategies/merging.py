@@ -61,7 +61,7 @@ def merge_into(
             this arithmetic does not know.
     """
     base, folder = Path(base), Path(folder)
-    files = _weight_files(base)
+    files = weight_files(base)
     layers, whole = _sort(adapter, config)
     whole.update(weights or {})
     model_config = json.loads((base / "config.json").read_text())
@@ -77,8 +77,8 @@ def merge_into(
     for file in files:
         with safe_open(base / file, "pt") as handle:
             names.update(dict.fromkeys(handle.keys(), file))
-    places = _locate({*layers, *whole}, names, base, model_config)
-    digests = _locate(set(fingerprint or ()), names, base, model_config, strict=False)
+    places = locate({*layers, *whole}, names, base, model_config)
+    digests = locate(set(fingerprint or ()), names, base, model_config, strict=False)
     _check_finished(folder, base)
     folder.mkdir(parents=True, exist_ok=True)
     different: list[str] = []
@@ -125,7 +125,12 @@ def merge_into(
     return folder
 
 
-def _weight_files(base: Path) -> list[str]:
+def weight_files(base: Path) -> list[str]:
+    """Names of the safetensors files of a model folder.
+
+    Raises:
+        FileNotFoundError: if it has none.
+    """
     if (base / _INDEX).is_file():
         return sorted(set(json.loads((base / _INDEX).read_text())["weight_map"].values()))
     if (base / _SINGLE).is_file():
@@ -213,10 +218,14 @@ def _scale(name: str, rank: int, config: Mapping[str, Any]) -> float:
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
 
-def _locate(
+def locate(
     wanted: set[str], names: Mapping[str, str], base: Path, config: Mapping[str, Any], strict: bool = True
 ) -> dict[str, list[str]]:
-    """Which tensor of the files each wanted weight is; ``""`` collects those that the files do not have, being tied."""
+    """Which tensor of the files each wanted weight is; ``""`` collects those that the files do not have, being tied.
+
+    Raises:
+        MisconfigurationException: if a weight is not found and ``strict``.
+    """
     ends: dict[str, list[str]] = {}
     for key in names:
         ends.setdefault(key.partition(".")[2], []).append(key)

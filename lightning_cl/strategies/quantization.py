@@ -280,8 +280,9 @@ def _pack(
         )
     if layer.weight.is_meta:
         raise MisconfigurationException(
-            "4-bit layers were asked for, but the module's weights are on the meta device, without values. Load them"
-            " before the fit, or name their folder with `lightning_cl.strategies.loading.defer_weights`."
+            "4-bit layers were asked for, but the module's weights are on the meta device, without values. Load the"
+            " model with `lightning_cl.strategies.loading.load_mapped`, which leaves the weights in their file until they"
+            " are used, or with `from_pretrained`."
         )
     with torch.no_grad():
         weight = layer.weight.detach().to(device=device, dtype=dtype).contiguous()
