@@ -171,6 +171,7 @@ class ForgettingMonitor(ContinualCallback):
         self._state = _State()
         self._good = LastGood()
         self._row_seen: set[str] = set()
+        self._row_complete = False
         self._pending: Literal["keep", "restore"] | None = None
         self._unwritten: str | None = None
         self._unchecked = False
@@ -236,7 +237,9 @@ class ForgettingMonitor(ContinualCallback):
     # ----------------------------------------------------------------------------- in training
 
     @override
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Keep or put back the weights, now that every callback has left the validation."""
         self._settle(pl_module)
 
@@ -299,8 +302,11 @@ class ForgettingMonitor(ContinualCallback):
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Keep or put back the weights after an evaluation between the tasks."""
+        """Keep or put back the weights after an evaluation between the tasks, and show a row that is complete."""
         self._settle(pl_module)
+        if self._row_complete:
+            # Every callback has closed its own books of the evaluation by now.
+            self._finish_row(trainer, pl_module)
         super().teardown(trainer, pl_module, stage)
 
     # ----------------------------------------------------------------------------------- state
@@ -398,7 +404,7 @@ class ForgettingMonitor(ContinualCallback):
         expected = {t.name for t in getattr(stream, "tasks", ()) if t.val is not None or t.test is not None}
         if expected <= self._row_seen:
             self._judge(trainer, self._rows, stage)
-            self._finish_row(trainer, pl_module)
+            self._row_complete = True
 
     def _scores(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, names: list[str], logged: dict[str, float]
@@ -524,7 +530,7 @@ class ForgettingMonitor(ContinualCallback):
     # ---- what is shown
 
     def _finish_row(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._row_seen = set()
+        self._row_seen, self._row_complete = set(), False
         folder = self._folder(trainer)
         if rank() != 0 or _is_dry(trainer):
             return
@@ -568,6 +574,7 @@ class ForgettingMonitor(ContinualCallback):
             "terms": self._state.terms,
             "costs": self._state.costs,
             "events": self._state.events,
+            "routing": _routing(trainer),
             "world_size": trainer.world_size,
             "provenance": provenance(),
         }
@@ -635,6 +642,15 @@ def _stream(trainer: pl.Trainer) -> Any:
     """The TaskStream that the Trainer runs, or None."""
     data = getattr(trainer, "datamodule", None)
     return data if hasattr(data, "loader_tasks") else None
+
+
+def _routing(trainer: pl.Trainer) -> dict[str, Any] | None:
+    """Where a router has sent each task's samples, stage by stage, if the Trainer has one."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        confusion = getattr(callback, "confusion", None)
+        if getattr(confusion, "stages", None):
+            return {"stages": dict(confusion.stages), "learnt": dict(confusion.learnt)}
+    return None
 
 
 def _validation_loaders(trainer: pl.Trainer) -> int:

@@ -102,9 +102,8 @@ def _twin(name: str) -> str:
     match = _PREFIX.match(name)
     if match is None:
         return name
-    return f"{'test' if match[1].startswith('val') else 'val'}{match[2]}{name[match.end():]}"
+    return f"{'test' if match[1].startswith('val') else 'val'}{match[2]}{name[match.end() :]}"
 
 
 def _fits(name: str, metric: str) -> bool:
     return name == metric or name.endswith(("_" + metric, "/" + metric))
-

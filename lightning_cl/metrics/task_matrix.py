@@ -401,8 +401,7 @@ class TaskMatrix(Metric):
         if name != "intransigence":
             return figures.FIGURES[name][0](matrix)
         given = [
-            self._better(task, self.reference.get(task, math.nan))
-            for task in self.train_tasks[: matrix.shape[-1]]
+            self._better(task, self.reference.get(task, math.nan)) for task in self.train_tasks[: matrix.shape[-1]]
         ]
         return figures.intransigence(matrix, torch.tensor(given, dtype=torch.float64))
 

@@ -48,7 +48,9 @@ def heat_map(matrix: TaskMatrix, title: str = "Task matrix") -> Figure:
                 Rectangle((x + 0.04, y + 0.05), 0.92, 0.9, fill=False, edgecolor=display.COLOURS[1], linewidth=1.6)
             )
         scale, ink = display.scale_of(matrix, task), "white" if share > 0.55 else "#1b1f24"
-        axes.text(x + 0.5, y + 0.42, display.number(score.value, scale), ha="center", va="center", color=ink, fontsize=10)
+        axes.text(
+            x + 0.5, y + 0.42, display.number(score.value, scale), ha="center", va="center", color=ink, fontsize=10
+        )
         if score.interval is not None:
             half = (score.interval[1] - score.interval[0]) / 2
             small = f"±{display.number(half, scale)}"
@@ -66,7 +68,9 @@ def heat_map(matrix: TaskMatrix, title: str = "Task matrix") -> Figure:
         spine.set_visible(False)
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
     if numbers:
-        axes.set_xlabel("framed: the task just learnt; darker: better; ±: 95 % bootstrap over the test rows", fontsize=7)
+        axes.set_xlabel(
+            "framed: the task just learnt; darker: better; ±: 95 % bootstrap over the test rows", fontsize=7
+        )
     return figure
 
 
@@ -84,7 +88,9 @@ def curves(matrix: TaskMatrix, title: str = "Each task over the stages") -> Figu
                 score = matrix.score(stage, task)
                 if score is not None:
                     y = score.value * display.scale_of(matrix, task)
-                    axes.plot([stage], [y], "o", markersize=8, markerfacecolor="white", markeredgecolor=colour, zorder=4)
+                    axes.plot(
+                        [stage], [y], "o", markersize=8, markerfacecolor="white", markeredgecolor=colour, zorder=4
+                    )
         _stage_axis(axes, matrix, label)
         if len(tasks) <= 20:
             axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
@@ -122,7 +128,9 @@ def side_by_side(matrices: Mapping[str, TaskMatrix], title: str = "Runs side by 
 def _line(axes: Any, matrix: TaskMatrix, task: str, **style: Any) -> None:
     scale = display.scale_of(matrix, task)
     known = [(s, score) for (s, t), score in matrix.scores().items() if t == task and math.isfinite(score.value)]
-    axes.plot([s for s, _ in known], [v.value * scale for _, v in known], marker="o", markersize=3.5, linewidth=1.6, **style)
+    axes.plot(
+        [s for s, _ in known], [v.value * scale for _, v in known], marker="o", markersize=3.5, linewidth=1.6, **style
+    )
     bars = [(s, v.interval) for s, v in known if v.interval is not None]
     if bars and len(matrix.tasks) <= 20:
         low, high = [e[0] * scale for _, e in bars], [e[1] * scale for _, e in bars]

@@ -92,7 +92,9 @@ def summary_table(matrices: Mapping[str, TaskMatrix], title: str = "Summary") ->
         table.add_row(title_of_row, *cells)
     flipped = {task for matrix in matrices.values() for task in matrix.tasks if matrix.mode_of(task) == "min"}
     if flipped:
-        table.caption = f"Signs are flipped for {', '.join(sorted(flipped))} (lower is better): higher is always better."
+        table.caption = (
+            f"Signs are flipped for {', '.join(sorted(flipped))} (lower is better): higher is always better."
+        )
     return table
 
 
