@@ -170,14 +170,16 @@ class _Run:
         if path is None:
             begin_task(trainer)
             stream.resume, stream.best_loaded = None, ""
-        sanity = trainer.num_sanity_val_steps
+        sanity, validated = trainer.num_sanity_val_steps, trainer.limit_val_batches
+        if not stream.loader_tasks("val"):
+            trainer.limit_val_batches = 0  # no task has such rows
         if stream.current_index > 0:
             trainer.num_sanity_val_steps = 0  # the module's evaluation has run, in the first row of the matrix
         self._boundary.path = path
         try:
             trainer.fit(self._model, datamodule=stream, ckpt_path=path)
         finally:
-            trainer.num_sanity_val_steps = sanity
+            trainer.num_sanity_val_steps, trainer.limit_val_batches = sanity, validated
 
     def _evaluate(self, stage: int) -> None:
         """One row of the matrix: every task that has no score of this stage yet."""
