@@ -182,7 +182,10 @@ class ActivationMarginRegularizer(ContinualCallback):
         self._taken: dict[str, Any] | None = None
         self._states: StateStore | None = None
         self._thresholds: dict[str, Tensor] = {}
+        # The reference's weights, for `reference="recompute"`, and the task that they were copied in.
         self._copy = WeightAnchor(anchor)
+        self._copied_at = -1
+        self._module: pl.LightningModule | None = None
         self._watched: list[str] = []
         self._fixed: list[Row] = []
         self._sources: set[str] = set()
@@ -241,20 +244,24 @@ class ActivationMarginRegularizer(ContinualCallback):
         self.attachment.add_loss(self, self.term, self._term)
         if self._is_exact and self._accumulated(trainer, pl_module) > 1:
             self.attachment.draw_ahead(self)
+        self._module = pl_module
+        # A new Trainer counts its steps from 0 again.
         self._limits.clear()
         self._lengths_checked = False
+        self._weighted_at, self._counted = -1, (-1, torch.zeros(()))
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the reference, unless the run has one; only now has everything of a checkpoint been restored."""
-        resumed = self._clock.in_task
         mixers: list[Any] = [c for c in trainer.callbacks if getattr(c, "adds_replay_rows", False)]  # type: ignore[attr-defined]
         sources = [source for mixer in mixers for source in mixer.sources]
         self._sources = self._covered_sources(sources)
         self._fixed = [row for row in fixed_rows(sources) if row.source in self._sources]
-        if self.reference == "recompute" and (not self._copy.taken or (self.anchor == "previous_task" and not resumed)):
+        new_task = self.anchor == "previous_task" and self._copied_at != self.task_index
+        if self.reference == "recompute" and (new_task or not self._copy.taken):
             self._warn_of_late_start(trainer, pl_module)
             self._copy.take(pl_module)
+            self._copied_at = self.task_index
         if self.reference == "stored" or self.objective == "margin":
             self._require_fixed_rows(sources)
             self._take_reference(trainer, pl_module, {k: v for m in mixers for k, v in m.pad_values.items()})
@@ -557,10 +564,10 @@ class ActivationMarginRegularizer(ContinualCallback):
                 skipped = int(self.skip_first_token and width > 0)
                 rows = [row for row in step.replay.window if self._covers(row_key(row), row.source)]
                 lengths = [row.length if "input_ids" in row.content else max(width, 1) for row in rows]
-                count = torch.tensor(float(sum(max(n - skipped, 0) for n in lengths)), device=device)
+                count = torch.full((), float(sum(max(n - skipped, 0) for n in lengths)), device=device)
             else:
                 held = self._held(mask)
-                count = torch.tensor(float(len(covered)), device=device) if held is None else held.sum().float()
+                count = torch.full((), float(len(covered)), device=device) if held is None else held.sum().float()
             if world_size() > 1:
                 dist.all_reduce(count)
             self._counted = (trainer.global_step, count)
@@ -609,16 +616,15 @@ class ActivationMarginRegularizer(ContinualCallback):
     @override
     def state_dict(self) -> dict[str, Any]:
         """The reference (its states, or the hash of their file) and the weight's controller. Collective if sharded."""
-        module = self._attachment.module if self._attachment is not None else None
         in_memory = self._states is not None and self.store is None
         return {
             **super().state_dict(),
             "taken": self._taken,
             "states": self._states.state_dict() if in_memory and self._states is not None else None,
             "thresholds": dict(self._thresholds),
-            "copy": self._copy.state_dict(module),
+            "copy": self._copy.state_dict(self._module),
+            "copied_at": self._copied_at,
             "dual": None if self._dual is None else self._dual.state_dict(),
-            "weighted_at": self._weighted_at,
         }
 
     @override
@@ -633,9 +639,9 @@ class ActivationMarginRegularizer(ContinualCallback):
         self._thresholds = dict(state_dict["thresholds"])
         self._limits.clear()
         self._copy.load_state_dict(state_dict["copy"])
+        self._copied_at = state_dict["copied_at"]
         if self._dual is not None and state_dict["dual"] is not None:
             self._dual.load_state_dict(state_dict["dual"])
-        self._weighted_at = state_dict["weighted_at"]
 
 
 def fixed_rows(sources: list[Any]) -> list[Row]:

@@ -8,6 +8,7 @@ import inspect
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -700,6 +701,15 @@ def test_no_replay_rows_in_the_run(tmp_path: Path) -> None:
     trainer = models.trainer(tmp_path, callbacks=[ActivationMarginRegularizer()])
     with pytest.raises(MisconfigurationException, match=r"no callback of this Trainer adds any. Add `ReplayMixer\("):
         trainer.fit(module(), models.loader())
+
+
+def test_fsdp1_is_refused() -> None:
+    class FullyShardedDataParallel(nn.Module):
+        """What Lightning's strategy wraps the module in, on GPUs alone."""
+
+    trainer = SimpleNamespace(strategy=SimpleNamespace(model=FullyShardedDataParallel()))
+    with pytest.raises(MisconfigurationException, match=r"\(FSDP1\) the weights exist only inside .* Use FSDP2"):
+        ActivationMarginRegularizer().on_task_start(trainer, module())
 
 
 def test_a_layer_that_does_not_exist(tmp_path: Path) -> None:
