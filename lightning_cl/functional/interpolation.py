@@ -216,7 +216,7 @@ def interpolate_adapters(
     result = {}
     for name, tensor in a.items():
         other = b[name].to(tensor.device)
-        module, kind = _factor(name)
+        module, kind = lora_factor(name)
         if mode == "product" and kind is not None:
             if kind == "magnitude":
                 raise ValueError(
@@ -243,8 +243,13 @@ def interpolate_adapters(
     return result
 
 
-def _factor(name: str) -> tuple[str, Literal["A", "B", "bias", "magnitude"] | None]:
-    """The module that a tensor of a LoRA adapter belongs to, and its part in the update."""
+def lora_factor(name: str) -> tuple[str, Literal["A", "B", "bias", "magnitude"] | None]:
+    """The module that a tensor of a LoRA adapter belongs to, and its part in the update (None: it is no factor).
+
+    Example:
+        >>> lora_factor("model.q_proj.lora_A.weight"), lora_factor("model.norm.weight")
+        (('model.q_proj', 'A'), ('model.norm.weight', None))
+    """
     for part, kind in (("lora_A", "A"), ("lora_B", "B"), ("lora_embedding_A", "A"), ("lora_embedding_B", "B")):
         module, found, rest = name.partition(f".{part}")
         if found and not rest.startswith("_"):
