@@ -2,7 +2,6 @@
 """Watches what a model forgets, from the metrics that Lightning logs anyway."""
 
 import re
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,9 +21,7 @@ from lightning_cl.last_good import LastGood
 from lightning_cl.metrics import TaskMatrix, find_score
 from lightning_cl.metrics.loaders import LoaderNames, loader_count, loop_of, rows_of_loader
 from lightning_cl.metrics.lookup import label_of, logged_for
-
-#: At most this many values of a loss term are kept; beyond, every second one is dropped.
-_CURVE = 400
+from lightning_cl.report.diary import Diary
 
 
 @dataclass
@@ -37,13 +34,8 @@ class _State:
     running: dict[str, Any] | None = None
     #: Whether the monitor's metric was seen at least once.
     found: bool = False
-    #: Each validation inside a fit: stage, logger step, task, value.
-    curves: list[list[Any]] = field(default_factory=list)
-    #: Values of the added loss terms by name: [[logger step, value], ...], and how many calls each entry stands for.
-    terms: dict[str, list[list[float]]] = field(default_factory=dict)
-    strides: dict[str, int] = field(default_factory=dict)
-    #: Seconds, steps and peak memory by stage.
-    costs: dict[str, dict[str, float]] = field(default_factory=dict)
+    #: Costs, curves and loss terms for the report.
+    diary: dict[str, Any] = field(default_factory=dict)
     #: What the limit on forgetting has done.
     events: list[dict[str, Any]] = field(default_factory=list)
     stop_reason: str | None = None
@@ -173,9 +165,9 @@ class ForgettingMonitor(ContinualCallback):
         self._row_seen: set[str] = set()
         self._row_complete = False
         self._pending: Literal["keep", "restore"] | None = None
-        self._unwritten: str | None = None
+        self._unwritten = False
         self._unchecked = False
-        self._clock_started: dict[str, float] = {}
+        self._diary = Diary()
 
     # --------------------------------------------------------------------------------- public
 
@@ -211,7 +203,7 @@ class ForgettingMonitor(ContinualCallback):
         """Refuse what could not be measured, before anything is trained."""
         self._learn_tasks(trainer)
         if stage == "fit":
-            self._start("prepare_seconds")
+            self._diary.start("prepare_seconds")
             stream = _stream(trainer)
             if self._state.stop_reason is not None and stream is None:
                 raise MisconfigurationException(
@@ -231,8 +223,8 @@ class ForgettingMonitor(ContinualCallback):
         if isinstance(trainer.num_val_batches, list):
             self._check_signature(pl_module, len(trainer.num_val_batches))
         super().on_train_start(trainer, pl_module)
-        self._stop_clock(self.task_index, "prepare_seconds")
-        self._start("train_seconds")
+        self._diary.stop("prepare_seconds", self.task_index)
+        self._diary.start("train_seconds")
 
     # ----------------------------------------------------------------------------- in training
 
@@ -252,9 +244,7 @@ class ForgettingMonitor(ContinualCallback):
 
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if rank() == 0 and every and (logger_step(trainer) + 1) % every == 0:
-            for name, value in trainer.callback_metrics.items():
-                if name.startswith("cl/") or re.fullmatch(r"(train[_/])?loss(_step)?", name):
-                    self._take_down(name, logger_step(trainer), float(value))
+            self._diary.take_down(trainer.callback_metrics, logger_step(trainer))
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -265,11 +255,7 @@ class ForgettingMonitor(ContinualCallback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Book the task's cost; the base ends the task."""
         self._settle(pl_module)
-        self._stop_clock(self.task_index, "train_seconds")
-        cost = self._state.costs.setdefault(str(self.task_index), {})
-        cost["steps"] = float(trainer.global_step)
-        if torch.cuda.is_available():
-            cost["peak_memory_bytes"] = float(torch.cuda.max_memory_allocated())
+        self._diary.end_task(self.task_index, trainer.global_step)
         super().on_train_end(trainer, pl_module)
 
     @override
@@ -283,12 +269,12 @@ class ForgettingMonitor(ContinualCallback):
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock."""
-        self._start("evaluation_seconds")
+        self._diary.start("evaluation_seconds")
 
     @override
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock."""
-        self._start("evaluation_seconds")
+        self._diary.start("evaluation_seconds")
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -315,7 +301,7 @@ class ForgettingMonitor(ContinualCallback):
     def state_dict(self) -> dict[str, Any]:
         """The matrices with their row scores, the curves, the costs and what the limit has done."""
         state = dict(self._state.__dict__)
-        state["rows"], state["running"] = self._rows.to_dict(), self._running.to_dict()
+        state |= {"rows": self._rows.to_dict(), "running": self._running.to_dict(), "diary": self._diary.to_dict()}
         return {**super().state_dict(), "monitor": state}
 
     @override
@@ -325,6 +311,7 @@ class ForgettingMonitor(ContinualCallback):
         if "monitor" in state_dict:
             self._state = _State(**state_dict["monitor"])
             self._rows, self._running = (self._load_matrix(s) for s in (self._state.rows, self._state.running))
+            self._diary = Diary(**self._state.diary)
             self._state.rows = self._state.running = None
 
     @override
@@ -387,7 +374,7 @@ class ForgettingMonitor(ContinualCallback):
             return
         logged = {name: float(value) for name, value in trainer.callback_metrics.items() if _is_number(value)}
         self._check_logged(trainer, pl_module, names, logged)
-        self._stop_clock(stage, "evaluation_seconds")
+        self._diary.stop("evaluation_seconds", stage)
         found = self._scores(trainer, pl_module, names, logged)
         matrix = self._running if in_fit else self._rows
         for task, (value, rows, scores) in found.items():
@@ -397,7 +384,7 @@ class ForgettingMonitor(ContinualCallback):
         if in_fit:
             from lightning_cl.report.loggers import logger_step
 
-            self._state.curves += [[stage, logger_step(trainer), task, value] for task, (value, _, _) in found.items()]
+            self._diary.add_validation(stage, logger_step(trainer), [(task, score[0]) for task, score in found.items()])
             self._judge(trainer, self._running, stage)
             return
         self._row_seen.update(names)
@@ -534,66 +521,43 @@ class ForgettingMonitor(ContinualCallback):
         folder = self._folder(trainer)
         if rank() != 0 or _is_dry(trainer):
             return
-        from lightning_cl.report import display, loggers
+        from lightning_cl.report import row
 
         matrix = self.matrix
-        stage = display.last_stage(matrix)
-        scalars = {f"cl/{key}": value for key, _, value, _ in display.figures_of(matrix, stage) if value is not None}
-        loggers.log_scalars(trainer, scalars)
-        if self.print_table:
-            from rich.console import Console
-
-            from lightning_cl.report import run_tables
-
-            Console().print(run_tables(matrix))
-        figures = self._figures()
-        loggers.log_figures(trainer, {f"cl/task_matrix{suffix}": figure for suffix, figure in figures.items()})
+        figures = row.draw(matrix) if self.plots else {}
+        row.show(trainer, matrix, self.print_table, figures)
         try:
-            self._write(folder, trainer, figures)
+            self._write(trainer, folder, figures)
         except OSError as error:
-            self._unwritten = str(error)
+            self._unwritten = True
             rank_zero_warn(
-                f"`ForgettingMonitor` could not write the results of stage {stage}: {error} Nothing is lost: the matrix"
-                " is in the monitor and in every checkpoint, and is written again with the next row."
+                f"`ForgettingMonitor` could not write the results of stage {max(matrix.stages)}: {error} Nothing is lost:"
+                " the matrix is in the monitor and in every checkpoint, and is written again with the next row."
             )
 
-    def _figures(self) -> dict[str, Any]:
-        if not self.plots:
-            return {}
-        from lightning_cl.report import curves, heat_map
-
-        return {"": heat_map(self.matrix), "_stages": curves(self.matrix)}
-
-    def _write(self, folder: Path, trainer: pl.Trainer, figures: dict[str, Any]) -> None:
-        from lightning_cl.report import results
-        from lightning_cl.report.provenance import provenance
+    def _write(self, trainer: pl.Trainer, folder: Path, figures: dict[str, Any]) -> None:
+        from lightning_cl.report import row
 
         parts = {
             "monitor": {"metric": self.metric, "mode": self.mode, "max_forgetting": self.max_forgetting},
-            "curves": self._state.curves,
-            "terms": self._state.terms,
-            "costs": self._state.costs,
+            "curves": self._diary.curves,
+            "terms": self._diary.terms,
+            "costs": self._diary.costs,
             "events": self._state.events,
-            "routing": _routing(trainer),
-            "world_size": trainer.world_size,
-            "provenance": provenance(),
         }
-        results.write(folder, self.matrix, parts, stem=self._stem(trainer), figures=figures)
-        self._unwritten = None
+        row.write(trainer, self.matrix, folder, self._stem(trainer), parts, figures)
+        self._unwritten = False
 
     def _check_writable(self, trainer: pl.Trainer) -> None:
         error: Exception | None = None
         folder = self._folder(trainer)
         if rank() == 0:
-            from lightning_cl.strategies.files import write_atomically
+            from lightning_cl.report import row
 
             try:
-                if self._unwritten is not None:
-                    self._write(folder, trainer, self._figures())
-                probe = folder / f".{self._stem(trainer)}.probe"
-                # As large as the results of a stream can be expected to get.
-                write_atomically(probe, lambda file: _fill(file, 1 << 20))
-                probe.unlink()
+                if self._unwritten:
+                    self._write(trainer, folder, row.draw(self.matrix) if self.plots else {})
+                row.check_writable(folder, self._stem(trainer))
             except OSError as caught:
                 error = MisconfigurationException(
                     f"`ForgettingMonitor` cannot write its results into {folder}: {caught} Free space, or set `dirpath`."
@@ -611,46 +575,11 @@ class ForgettingMonitor(ContinualCallback):
         monitors = [callback for callback in trainer.callbacks if isinstance(callback, ForgettingMonitor)]  # type: ignore[attr-defined]
         return STEM if monitors[:1] == [self] else f"{STEM}_{re.sub(r'[^A-Za-z0-9]+', '_', self.metric).strip('_')}"
 
-    # ---- costs
-
-    def _start(self, name: str) -> None:
-        self._clock_started[name] = time.monotonic()
-
-    def _stop_clock(self, stage: int, name: str) -> None:
-        started = self._clock_started.pop(name, None)
-        if started is None:
-            return
-        seconds = time.monotonic() - started
-        cost = self._state.costs.setdefault(str(stage), {})
-        cost[name] = cost.get(name, 0.0) + seconds
-        if name == "evaluation_seconds" and "train_seconds" in self._clock_started:
-            # A validation inside a fit is not training.
-            self._clock_started["train_seconds"] += seconds
-
-    def _take_down(self, name: str, step: int, value: float) -> None:
-        points = self._state.terms.setdefault(name, [])
-        stride = self._state.strides.get(name, 1)
-        if points and step - points[-1][0] < stride:
-            return
-        points.append([step, value])
-        if len(points) > _CURVE:
-            del points[1::2]
-            self._state.strides[name] = int(points[-1][0] - points[-2][0])
-
 
 def _stream(trainer: pl.Trainer) -> Any:
     """The TaskStream that the Trainer runs, or None."""
     data = getattr(trainer, "datamodule", None)
     return data if hasattr(data, "loader_tasks") else None
-
-
-def _routing(trainer: pl.Trainer) -> dict[str, Any] | None:
-    """Where a router has sent each task's samples, stage by stage, if the Trainer has one."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        confusion = getattr(callback, "confusion", None)
-        if getattr(confusion, "stages", None):
-            return {"stages": dict(confusion.stages), "learnt": dict(confusion.learnt)}
-    return None
 
 
 def _validation_loaders(trainer: pl.Trainer) -> int:
@@ -695,7 +624,3 @@ def _worst(matrix: TaskMatrix, stage: int) -> str:
             lost[task] = sign * (then.value - now.value), then.value, now.value
     name = max(lost, key=lambda task: lost[task][0])
     return f"{name!r} went from {lost[name][1]:.4g} to {lost[name][2]:.4g}"
-
-
-def _fill(file: Any, size: int) -> None:
-    file.write(b"\0" * size)

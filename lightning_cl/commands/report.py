@@ -64,8 +64,8 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="[STAGE:]results.json",
-        help="scores of an outside harness, added as probes to the given stage (-1 = before the first task; default: the"
-        " last); may be repeated",
+        help="scores of an outside harness, added as probes to the given stage (before the first task:"
+        " --external=-1:results.json; default: the last); may be repeated",
     )
     for name, what in (("--fail-below", "below"), ("--fail-above", "above")):
         parser.add_argument(

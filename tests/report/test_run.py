@@ -66,7 +66,7 @@ def test_missing_path(tmp_path: Path) -> None:
 def test_run_without_monitor(tmp_path: Path) -> None:
     (tmp_path / "metrics.csv").write_text("step\n1\n")
     with pytest.raises(
-        ReportError, match=r"holds no task_matrix\.json \(there is: metrics\.csv\), so this run had no monitor"
+        ReportError, match=r"holds no task_matrix\.json \(there is: metrics\.csv\), so .* had no monitor"
     ):
         find_runs([tmp_path])
 
@@ -75,7 +75,7 @@ def test_half_written_json(tmp_path: Path) -> None:
     file = write_run(tmp_path) / "task_matrix.json"
     file.write_text(file.read_text()[:-200])
     with pytest.raises(
-        ReportError, match=r"task_matrix\.json is cut short or damaged: .* at line \d+, column \d+\. Delete it"
+        ReportError, match=r"is cut short or damaged: .* at line \d+, column \d+\. Delete it"
     ):
         load_run(tmp_path)
     file.write_bytes(b"\xff\xfe\x00")
