@@ -37,6 +37,8 @@ from torch.utils.data import DataLoader
 from lightning_cl.callbacks import ActivationMarginRegularizer, ReplayMixer
 from lightning_cl.functional import activation_margin_loss, activation_thresholds, encode_activation_states
 from lightning_cl.replay import GeneralSamples
+from lightning_cl.replay.reference_states import ReferenceStates
+from lightning_cl.weights import adapters_disabled
 
 SHAPES: dict[str, dict[str, Any]] = {
     "smollm2-135m": {
@@ -231,7 +233,7 @@ def compare_released(shape: str, args: argparse.Namespace) -> dict[str, Any]:
             args.rounds,
         )
         files = sum(path.stat().st_size for path in folder.glob("*.pt"))
-        assert margin._states is not None
+        assert margin._reference.states is not None
         return {
             "shape": shape,
             "task_rows": args.rows,
@@ -243,8 +245,8 @@ def compare_released(shape: str, args: argparse.Namespace) -> dict[str, Any]:
             "released_peak_gib": max(w.peak for w in slow) / 2**30,
             "ours_peak_gib": max(w.peak for w in fast) / 2**30,
             "released_store_mib": files / 2**20,
-            "ours_store_mib": margin._states.nbytes() / 2**20,
-            "store_ratio": files / margin._states.nbytes(),
+            "ours_store_mib": margin._reference.states.nbytes() / 2**20,
+            "store_ratio": files / margin._reference.states.nbytes(),
         }
     finally:
         shutil.rmtree(folder)
@@ -296,30 +298,29 @@ def compare_overhead(shape: str, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-class Collecting(ActivationMarginRegularizer):
+class TimedReference(ReferenceStates):
     """Times taking the reference against the bare forward passes of the same batches."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, options: Any) -> None:
+        super().__init__(options)
         self.times: list[tuple[float, float]] = []
 
-    def _take_reference(self, trainer: Any, pl_module: Any, pad_values: Any) -> None:
-        from lightning_cl.weights import adapters_disabled
-
+    def take(self, trainer: Any, layers: Any, rows: Any, pad_values: Any, task_index: int) -> None:
+        assert self._module is not None
         for _ in range(3):
-            self._taken = self._states = None
+            self._taken = self.states = None
             sync()
             start = time.perf_counter()
-            with torch.no_grad(), adapters_disabled(pl_module):
-                for at in range(0, len(self._fixed), self.collect_batch_size):
-                    batch = [row.content["input_ids"] for row in self._fixed[at : at + self.collect_batch_size]]
+            with torch.no_grad(), adapters_disabled(self._module):
+                for at in range(0, len(rows), self.options.batch_size):
+                    batch = [row.content["input_ids"] for row in rows[at : at + self.options.batch_size]]
                     ids = torch.stack(batch).to(DEVICE)
-                    pl_module.model(
+                    self._module.model(
                         input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, logits_to_keep=1
                     )
             sync()
             middle = time.perf_counter()
-            super()._take_reference(trainer, pl_module, pad_values)
+            super().take(trainer, layers, rows, pad_values, task_index)
             sync()
             self.times.append((middle - start, time.perf_counter() - middle))
 
@@ -328,20 +329,21 @@ def compare_collecting(shape: str, args: argparse.Namespace) -> dict[str, Any]:
     """Taking the reference on many texts."""
     replay = make_rows(shape, args.samples, args.sample_tokens, 2)
     loader = DataLoader(make_rows(shape, 4, 16, 1), batch_size=2)
-    callback = Collecting()
+    callback = ActivationMarginRegularizer()
+    timed = callback._reference = TimedReference(callback._reference.options)
     module = Plain(make_model(shape, args.full))
     mixer = ReplayMixer(
         GeneralSamples(replay, num_samples=len(replay), max_tokens=args.sample_tokens), rows_per_batch=1
     )
     run(module, loader, 2, 1, [mixer, callback])
-    bare, ours = zip(*callback.times[1:], strict=True)
+    bare, ours = zip(*timed.times[1:], strict=True)
     return {
         "shape": shape,
         "samples": args.samples,
         "tokens": args.sample_tokens,
         "forward_seconds": statistics.median(bare),
         "collect_seconds": statistics.median(ours),
-        "time_ratio": statistics.median(o / b for b, o in callback.times[1:]),
+        "time_ratio": statistics.median(o / b for b, o in timed.times[1:]),
     }
 
 

@@ -4,23 +4,20 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
-from contextlib import nullcontext
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_cl import anatomy, weights
 from lightning_cl.callbacks.base import ContinualCallback
-from lightning_cl.distributed import gather_objects, raise_together, world_size
+from lightning_cl.distributed import world_size
 from lightning_cl.functional.dual_weight import DualWeight
 from lightning_cl.functional.margin import (
     activation_margin_loss,
@@ -28,17 +25,8 @@ from lightning_cl.functional.margin import (
     encode_activation_states,
     feature_imitation_loss,
 )
-from lightning_cl.replay.anchor import WeightAnchor
-from lightning_cl.replay.collecting import (
-    ActivationCollector,
-    row_key,
-    rows_digest,
-    to_device,
-    weights_fingerprint,
-    without_first_token,
-)
-from lightning_cl.replay.rows import Row
-from lightning_cl.replay.state_store import LayerStates, StateStore
+from lightning_cl.replay.collecting import row_key, to_device, without_first_token
+from lightning_cl.replay.reference_states import ReferenceOptions, ReferenceStates, fixed_rows
 from lightning_cl.step import Step
 
 _Objective = Literal["margin", "l1", "l2"]
@@ -178,16 +166,19 @@ class ActivationMarginRegularizer(ContinualCallback):
         self.collect_batch_size = collect_batch_size
         self._dual = None if target is None else DualWeight(target, initial=float(weight), maximum=max_weight)
         self._weighted_at = -1
-        # What was taken of the reference, and what it was taken of.
-        self._taken: dict[str, Any] | None = None
-        self._states: StateStore | None = None
-        self._thresholds: dict[str, Tensor] = {}
-        # The reference's weights, for `reference="recompute"`, and the task that they were copied in.
-        self._copy = WeightAnchor(anchor)
-        self._copied_at = -1
-        self._module: pl.LightningModule | None = None
+        self._reference = ReferenceStates(
+            ReferenceOptions(
+                objective,
+                reference,
+                anchor,
+                num_std,
+                skip_first_token,
+                store,
+                allow_other_model,
+                collect_batch_size,
+            )
+        )
         self._watched: list[str] = []
-        self._fixed: list[Row] = []
         self._sources: set[str] = set()
         self._limits: dict[str, tuple[Tensor, Tensor]] = {}
         self._lengths_checked = False
@@ -238,13 +229,12 @@ class ActivationMarginRegularizer(ContinualCallback):
         self._watched = list(dict.fromkeys(names))
         for name in self._watched:
             self.attachment.watch(self, name)
+        swap = self._reference.bind(pl_module)
         if self.reference == "recompute":
-            self._copy.rebind()
-            self.attachment.add_reference(self, self.anchor, lambda: self._copy.inside(pl_module))
+            self.attachment.add_reference(self, self.anchor, swap)
         self.attachment.add_loss(self, self.term, self._term)
         if self._is_exact and self._accumulated(trainer, pl_module) > 1:
             self.attachment.draw_ahead(self)
-        self._module = pl_module
         # A new Trainer counts its steps from 0 again.
         self._limits.clear()
         self._lengths_checked = False
@@ -256,15 +246,16 @@ class ActivationMarginRegularizer(ContinualCallback):
         mixers: list[Any] = [c for c in trainer.callbacks if getattr(c, "adds_replay_rows", False)]  # type: ignore[attr-defined]
         sources = [source for mixer in mixers for source in mixer.sources]
         self._sources = self._covered_sources(sources)
-        self._fixed = [row for row in fixed_rows(sources) if row.source in self._sources]
-        new_task = self.anchor == "previous_task" and self._copied_at != self.task_index
-        if self.reference == "recompute" and (new_task or not self._copy.taken):
-            self._warn_of_late_start(trainer, pl_module)
-            self._copy.take(pl_module)
-            self._copied_at = self.task_index
-        if self.reference == "stored" or self.objective == "margin":
-            self._require_fixed_rows(sources)
-            self._take_reference(trainer, pl_module, {k: v for m in mixers for k, v in m.pad_values.items()})
+        rows = [row for row in fixed_rows(sources) if row.source in self._sources]
+        if not rows and (self.reference == "stored" or self.objective == "margin"):
+            raise MisconfigurationException(
+                f"`ActivationMarginRegularizer(reference={self.reference!r})` takes its reference on a fixed set of rows,"
+                f" and none of the replay sources {[source.name for source in sources]} has one. Add `GeneralSamples(...)`"
+                " to `ReplayMixer`'s sources"
+                + (', or use `reference="recompute"`.' if self.objective != "margin" else ".")
+            )
+        pad_values = {key: value for mixer in mixers for key, value in mixer.pad_values.items()}
+        self._reference.take(trainer, self._watched, rows, pad_values, self.task_index)
         super().on_train_start(trainer, pl_module)
 
     # ----------------------------------------------------------------- the reference
@@ -275,168 +266,6 @@ class ActivationMarginRegularizer(ContinualCallback):
 
         past = [s for s in sources if getattr(s, "holds_past_tasks", isinstance(s, EpisodicMemory))]
         return {s.name for s in sources if self.anchor == "previous_task" or s not in past}
-
-    def _require_fixed_rows(self, sources: list[Any]) -> None:
-        if not self._fixed:
-            raise MisconfigurationException(
-                f"`ActivationMarginRegularizer(reference={self.reference!r})` takes its reference on a fixed set of rows,"
-                f" and none of the replay sources {[source.name for source in sources]} has one. Add `GeneralSamples(...)`"
-                " to `ReplayMixer`'s sources"
-                + (', or use `reference="recompute"`.' if self.objective != "margin" else ".")
-            )
-
-    def _settings(self) -> dict[str, Any]:
-        """What the states depend on, apart from weights, rows and tokenizer."""
-        return {
-            "layers": self._watched,
-            "objective": self.objective,
-            "num_std": self.num_std if self.objective == "margin" else None,
-            "skip_first_token": self.skip_first_token,
-            "anchor": self.anchor,
-        }
-
-    def _take_reference(self, trainer: pl.Trainer, pl_module: pl.LightningModule, pad_values: dict[str, float]) -> None:
-        digest = rows_digest(self._fixed)
-        # Adapters can be switched off at any time: then the initial model never goes away.
-        adapters_off = self.anchor == "initial" and anatomy.has_lora(pl_module) and not self._copy.names(pl_module)
-        if self._taken is not None and (self.anchor == "initial" or self._taken["task"] == self.task_index):
-            self._check_settings()
-            if self._taken["rows"] == digest:
-                self._open_states()
-                return
-            if not adapters_off and self.reference == "stored":
-                raise MisconfigurationException(
-                    f"The fixed replay rows are not those whose states were stored ({len(self._fixed)} rows, hash"
-                    f" {digest[:12]}; stored: {self._taken['count']} rows, hash {self._taken['rows'][:12]}): other texts,"
-                    " another tokenizer, or truncated differently (`max_tokens`). The reference model is gone, so theirs"
-                    ' cannot be taken. Use the same rows, `anchor="previous_task"`, or `reference="recompute"`.'
-                )
-        elif self.reference == "stored" and not adapters_off:
-            self._warn_of_late_start(trainer, pl_module)
-        swap = weights.adapters_disabled(pl_module) if adapters_off else nullcontext()
-        if self.reference == "recompute":
-            swap = self._copy.inside(pl_module)
-        with swap:
-            manifest = self._manifest(trainer, pl_module, digest, adapters_off)
-            self._states = self._reusable(manifest) if self.store else None
-            if self._states is None:
-                self._collect(trainer, pl_module, manifest, pad_values)
-        self._taken = {"task": self.task_index, "rows": digest, "count": len(self._fixed), "settings": self._settings()}
-        self._taken["digest"] = None if self._states is None else self._states.digest
-
-    def _collect(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, manifest: dict[str, Any], pad_values: dict[str, float]
-    ) -> None:
-        start = time.perf_counter()
-        collector = ActivationCollector(
-            trainer, pl_module, self._watched, pad_values, self.collect_batch_size, self.skip_first_token
-        )
-        keep: Any = {"margin": "states", "l1": "values", "l2": "values"}[self.objective]
-        found = collector.collect(self._fixed, self.num_std, keep if self.reference == "stored" else None)
-        if self.reference == "recompute":
-            self._thresholds = found.thresholds
-            return
-        layers = {name: LayerStates(found.states[name], found.thresholds[name]) for name in self._watched}
-        self._states = StateStore.build(manifest, found.tokens, layers)
-        if self.store:
-            self._write(trainer, self.store)
-        rank_zero_info(
-            f"Reference activations of {len(self._fixed)} rows, {sum(found.tokens.values())} tokens:"
-            f" {self._states.nbytes() / 2**20:.1f} MiB in {time.perf_counter() - start:.1f} s"
-            f" ({self.store or 'in memory'})."
-        )
-
-    def _write(self, trainer: pl.Trainer, path: str) -> None:
-        """One process of each node writes, and all of them read: folders may or may not be shared."""
-        error: Exception | None = None
-        try:
-            if trainer.local_rank == 0:
-                assert self._states is not None
-                self._states.write(path)
-        except Exception as found:
-            error = found
-        raise_together(error)
-        self._states = StateStore.open(path)
-
-    def _reusable(self, manifest: dict[str, Any]) -> StateStore | None:
-        """The states in the file at ``store``, if there are any and they are what this run would take now."""
-        assert self.store is not None
-        error: Exception | None = None
-        found: StateStore | None = None
-        try:
-            if Path(self.store).is_file():
-                found = StateStore.open(self.store)
-                own = self._taken is not None and self._taken["digest"] == found.digest
-                expected = {k: v for k, v in manifest.items() if k != "weights" or not self.allow_other_model}
-                if own:
-                    # This run's reference of an earlier task, which the new one replaces.
-                    found = None
-                else:
-                    found.require(
-                        expected,
-                        f"Delete {self.store} to take them anew from the model as it is, pass another `store=`, or (for"
-                        " other weights, on purpose) `allow_other_model=True`.",
-                    )
-        except Exception as raised:
-            error = raised
-        raise_together(error)
-        return found if all(gather_objects(found is not None)) else None
-
-    def _open_states(self) -> None:
-        """After a restart: the states that the checkpoint names."""
-        assert self._taken is not None
-        if self.reference == "recompute" or self._states is not None:
-            return
-        error: Exception | None = None
-        try:
-            if self.store is None or not Path(self.store).is_file():
-                raise MisconfigurationException(
-                    f"The checkpoint refers to stored activation states ({self._taken['digest'][:12]}) that are not at"
-                    f" `store={self.store!r}`. Put their file there; the model that they were taken of is gone."
-                )
-            self._states = StateStore.open(self.store)
-            if self._states.digest != self._taken["digest"]:
-                raise MisconfigurationException(
-                    f"{self.store} holds other activation states ({self._states.digest[:12]}) than the checkpoint refers"
-                    f" to ({self._taken['digest'][:12]}). Put the file of this run there."
-                )
-        except Exception as raised:
-            error = raised
-        raise_together(error)
-
-    def _check_settings(self) -> None:
-        assert self._taken is not None
-        old, new = self._taken["settings"], self._settings()
-        different = [f"{key}: then {old[key]!r}, now {new[key]!r}" for key in new if old[key] != new[key]]
-        if different:
-            raise MisconfigurationException(
-                f"The reference of this run was taken with other settings ({'; '.join(different)}). Use those of then; a"
-                " reference with new settings needs a new run from the initial model."
-            )
-
-    def _manifest(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, rows: str, adapters_off: bool
-    ) -> dict[str, Any]:
-        from lightning_cl import __version__
-
-        network = anatomy.find_backbone(pl_module)[1]
-        dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in network.parameters()})
-        return {
-            **self._settings(),
-            "weights": weights_fingerprint(network, adapters=not adapters_off),
-            "tokenizer": _tokenizer_name(trainer, pl_module),
-            "rows": rows,
-            "dtype": f"{'+'.join(dtypes)}, precision {trainer.precision}",
-            "version": __version__,
-        }
-
-    def _warn_of_late_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        switchable = anatomy.has_lora(pl_module) and not self._copy.names(pl_module)
-        if self.anchor == "initial" and not switchable and (self.task_index > 0 or trainer.global_step > 0):
-            rank_zero_warn(
-                f'`ActivationMarginRegularizer(anchor="initial")` begins in task {self.task_index} at step'
-                f" {trainer.global_step} without a reference from before: it takes the model as it is now."
-            )
 
     # ---------------------------------------------------------------------- the step
 
@@ -466,7 +295,8 @@ class ActivationMarginRegularizer(ContinualCallback):
         return None if loss is None else factor * loss
 
     def _covers(self, key: str, source: str) -> bool:
-        return key in self._states if self._states is not None else source in self._sources
+        states = self._reference.states
+        return key in states if states is not None else source in self._sources
 
     def _layer_loss(
         self,
@@ -524,11 +354,12 @@ class ActivationMarginRegularizer(ContinualCallback):
 
     def _stored(self, name: str, hidden: Tensor, mask: Tensor | None, keys: list[str]) -> Tensor:
         """The rows' stored states (or activations), each beside its token: ``[R, T, W]`` or ``[R, W]``."""
-        assert self._states is not None
-        flat = to_device(self._states.gather(name, keys), hidden.device)
+        states = self._reference.states
+        assert states is not None
+        flat = to_device(states.gather(name, keys), hidden.device)
         if mask is None:
             return flat
-        lengths = torch.tensor([self._states.tokens(key) for key in keys])
+        lengths = torch.tensor([states.tokens(key) for key in keys])
         starts = to_device(lengths.cumsum(0) - lengths, hidden.device)
         places = mask.cumsum(1) - 1
         if not self._lengths_checked or not hidden.is_cuda:
@@ -549,8 +380,7 @@ class ActivationMarginRegularizer(ContinualCallback):
 
     def _thresholds_on(self, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
         if name not in self._limits:
-            limits = self._thresholds[name] if self._states is None else self._states.layers[name].thresholds
-            lower, upper = limits.to(device)
+            lower, upper = self._reference.thresholds(name).to(device)
             self._limits[name] = (lower, upper)
         return self._limits[name]
 
@@ -616,14 +446,9 @@ class ActivationMarginRegularizer(ContinualCallback):
     @override
     def state_dict(self) -> dict[str, Any]:
         """The reference (its states, or the hash of their file) and the weight's controller. Collective if sharded."""
-        in_memory = self._states is not None and self.store is None
         return {
             **super().state_dict(),
-            "taken": self._taken,
-            "states": self._states.state_dict() if in_memory and self._states is not None else None,
-            "thresholds": dict(self._thresholds),
-            "copy": self._copy.state_dict(self._module),
-            "copied_at": self._copied_at,
+            "reference": self._reference.state_dict(),
             "dual": None if self._dual is None else self._dual.state_dict(),
         }
 
@@ -631,38 +456,12 @@ class ActivationMarginRegularizer(ContinualCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take all of it back; a checkpoint that was written without this callback changes nothing."""
         super().load_state_dict(state_dict)
-        if "taken" not in state_dict:
+        if "reference" not in state_dict:
             return
-        self._taken = state_dict["taken"]
-        states = state_dict["states"]
-        self._states = None if states is None else StateStore.from_state_dict(states)
-        self._thresholds = dict(state_dict["thresholds"])
+        self._reference.load_state_dict(state_dict["reference"])
         self._limits.clear()
-        self._copy.load_state_dict(state_dict["copy"])
-        self._copied_at = state_dict["copied_at"]
         if self._dual is not None and state_dict["dual"] is not None:
             self._dual.load_state_dict(state_dict["dual"])
-
-
-def fixed_rows(sources: list[Any]) -> list[Row]:
-    """The rows of the sources that have the same ones in the whole task, in order; other sources have none.
-
-    Raises:
-        MisconfigurationException: if two different rows have one id.
-    """
-    rows: dict[str, Row] = {}
-    for source in sources:
-        found = source.fixed_rows() if hasattr(source, "fixed_rows") else []
-        if hasattr(source, "row"):
-            found = [source.row(index) for index in range(source.available())]
-        for row in found:
-            other = rows.setdefault(row_key(row), row)
-            if other is not row and rows_digest([other]) != rows_digest([row]):
-                raise MisconfigurationException(
-                    f"Two rows of the replay sources {[s.name for s in sources]} have the id {row_key(row)!r}, so their"
-                    " states cannot be told apart. Give one `GeneralSamples` all of the data."
-                )
-    return list(rows.values())
 
 
 def _full_name(module: pl.LightningModule, name: str) -> str:
@@ -674,16 +473,3 @@ def _rows_of(tensor: Tensor, chosen: list[int], count: int) -> Tensor:
     if len(chosen) == count:
         return tensor
     return tensor.index_select(0, to_device(torch.tensor(chosen, dtype=torch.long), tensor.device))
-
-
-def _tokenizer_name(trainer: pl.Trainer, module: pl.LightningModule) -> str:
-    """What is known of the tokenizer; what it made of the texts is in the rows' hash."""
-    for owner in (module, getattr(trainer, "datamodule", None)):
-        tokenizer = getattr(owner, "tokenizer", None)
-        if tokenizer is not None:
-            return (
-                f"{type(tokenizer).__name__}, {len(tokenizer)} tokens"
-                if hasattr(tokenizer, "__len__")
-                else str(tokenizer)
-            )
-    return "none"

@@ -66,7 +66,7 @@ def _run(
     weights.reshard(module)
     parameters = weights.trainable(module)
     shards = {n: weights.local(p) for n, p in parameters.items()}
-    store = callback._states
+    store = callback._reference.states
     return {
         "final": weights.gather(module, shards, parameters, everywhere=True),
         "evaluated": evaluated,

@@ -223,8 +223,8 @@ def test_the_initial_anchor_belongs_to_the_run_and_previous_task_does_not(tmp_pa
         digests = []
         for task in range(2):
             fit(tmp_path, callback, net, mixer, models.loader(seed=task))
-            digests.append(callback._states.digest)
-            fingerprint = callback._states.manifest["weights"]
+            digests.append(callback._reference.states.digest)
+            fingerprint = callback._reference.states.manifest["weights"]
         assert (digests[0] == digests[1]) is same
         initial = weights_fingerprint(module().model.model)
         assert (fingerprint == initial) is same
@@ -291,10 +291,12 @@ def test_a_checkpoint_holds_the_states_or_their_hash(tmp_path: Path) -> None:
         saver = ModelCheckpoint(tmp_path / str(bool(store)), every_n_train_steps=4)
         callback = ActivationMarginRegularizer(store=store)
         fit(tmp_path, callback, more=(saver,), enable_checkpointing=True)
-        state = torch.load(saver.best_model_path, weights_only=True)["callbacks"]["ActivationMarginRegularizer"]
+        state = torch.load(saver.best_model_path, weights_only=True)["callbacks"]["ActivationMarginRegularizer"][
+            "reference"
+        ]
         sizes[store] = None if state["states"] is None else len(state["states"]["blob"])
-        assert state["taken"]["digest"] == callback._states.digest
-    assert sizes[None] == callback._states.nbytes()
+        assert state["taken"]["digest"] == callback._reference.states.digest
+    assert sizes[None] == callback._reference.states.nbytes()
     assert sizes[str(tmp_path / "file")] is None
 
 
@@ -358,7 +360,7 @@ def test_another_model_s_states_on_purpose(tmp_path: Path) -> None:
     fit(tmp_path, first, module())
     second = ActivationMarginRegularizer(store=path, allow_other_model=True)
     fit(tmp_path, second, module(seed=3))
-    assert second._states.digest == first._states.digest
+    assert second._reference.states.digest == first._reference.states.digest
 
 
 def test_a_damaged_store_is_refused_before_training(tmp_path: Path) -> None:
@@ -378,8 +380,8 @@ def test_two_bits_an_entry(tmp_path: Path) -> None:
     fit(tmp_path, callback)
     fit(tmp_path, values)
     tokens = sum(len(row["input_ids"]) for row in ROWS)
-    (states,) = callback._states.layers.values()
-    (stored,) = values._states.layers.values()
+    (states,) = callback._reference.states.layers.values()
+    (stored,) = values._reference.states.layers.values()
     assert states.rows.numel() * 16 == tokens * 32 * 4
     assert stored.rows.dtype == torch.bfloat16
     assert stored.rows.shape == (tokens, 32)
@@ -510,9 +512,9 @@ def test_any_module_with_a_layer_of_rows(tmp_path: Path, manual: bool, tokens: b
     fit(tmp_path, callback, net, ReplayMixer(GeneralSamples(general, num_samples=6), rows_per_batch=2), data)
     flat = h0.reshape(-1, 7).double()
     mean, sd = flat.mean(0), flat.std(0, correction=0)
-    (layer,) = callback._states.layers.values()
+    (layer,) = callback._reference.states.layers.values()
     assert torch.allclose(layer.thresholds.double(), torch.stack([mean - sd, mean + sd]), atol=1e-6)
-    assert callback._states.tokens(callback._states.rows[0]) == (4 if tokens else 1)
+    assert callback._reference.states.tokens(callback._reference.states.rows[0]) == (4 if tokens else 1)
     assert len(callback.steps) == 4
     assert float(callback.steps[0]["value"].detach()) == pytest.approx(0.0, abs=1e-5)
     assert float(callback.steps[-1]["value"].detach()) > 0
@@ -561,7 +563,7 @@ def test_packed_batches_give_the_same_terms(tmp_path: Path) -> None:
 def test_low_precision(tmp_path: Path, precision: Any) -> None:
     callback = Recorder(weight=2.0)
     fit(tmp_path, callback, precision=precision, mixer=ReplayMixer(source(), rows_per_batch=2, layout="joined"))
-    assert callback._states.manifest["dtype"].endswith(f"precision {precision}")
+    assert callback._reference.states.manifest["dtype"].endswith(f"precision {precision}")
     values = [float(step["value"].detach()) for step in callback.steps]
     assert all(step["value"].dtype == torch.float32 for step in callback.steps)
     # rows in other company round differently: a few activations beside a threshold are off it by as little
@@ -620,7 +622,7 @@ def test_a_file_is_replaced_when_the_next_task_takes_a_new_reference(tmp_path: P
     for task in range(2):
         fit(tmp_path, callback, net, mixer, models.loader(seed=task))
         seen.append(StateStore.open(path).digest)
-        assert callback._states.digest == seen[-1]
+        assert callback._reference.states.digest == seen[-1]
     assert seen[0] != seen[1]
 
 
@@ -792,7 +794,7 @@ def test_rows_cut_differently_are_taken_anew_where_the_initial_model_is_at_hand(
     fit(tmp_path, callback, net, ReplayMixer(source(max_tokens=6), rows_per_batch=2))
     fresh = ActivationMarginRegularizer()
     fit(tmp_path, fresh, module(lora=True), ReplayMixer(source(max_tokens=6)), max_steps=1)
-    assert callback._states.digest == fresh._states.digest
+    assert callback._reference.states.digest == fresh._reference.states.digest
 
 
 def test_other_settings_after_a_restart(tmp_path: Path) -> None:
