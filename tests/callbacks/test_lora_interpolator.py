@@ -764,3 +764,41 @@ def test_layers_are_read_from_a_config(layers: Any) -> None:
     callback = parser.instantiate_classes(again).callback
     assert callback.layers == layers
     assert callback.export == "fast"
+
+
+# -------------------------------------------------------------------- fragment and card
+
+CATALOGUE = Path(__file__).parents[2] / "callbacks"
+
+
+def test_the_cards_snippet_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (CATALOGUE / "lora_interpolator.md").read_text()
+    scope: dict[str, Any] = {"__name__": "card"}
+    exec(compile(text.split("```python\n")[1].split("```")[0], "card", "exec"), scope)
+    assert "cl/consistency" in scope["trainer"].callback_metrics
+    _assert_same(_copy(weights.trainable(scope["model"])), scope["average"].slow_weights())
+
+
+def test_the_fragment_is_read(tmp_path: Path) -> None:
+    import yaml
+    from jsonargparse import ArgumentParser
+
+    entries = yaml.safe_load((CATALOGUE / "lora_interpolator.yaml").read_text())["trainer"]["callbacks+"]
+    parser = ArgumentParser()
+    parser.add_argument("--callbacks", type=list[Callback])
+    config = parser.parse_object({"callbacks": entries})
+    mixer, callback = parser.instantiate_classes(config).callbacks
+    assert isinstance(mixer.sources[0], EpisodicMemory)
+    module = _module()
+    for seed in range(2):
+        trainer = _fit(tmp_path, module, [mixer, callback], models.loader(seed=seed))
+    assert "cl/consistency" in trainer.callback_metrics
+
+
+def test_every_argument_is_in_the_card() -> None:
+    import inspect
+
+    text = (CATALOGUE / "lora_interpolator.md").read_text()
+    for name in list(inspect.signature(LoRAInterpolator.__init__).parameters)[1:]:
+        assert f"| `{name}` |" in text, name
