@@ -7,6 +7,9 @@
 #
 # A process that dies takes its machine's others down, and torchrun starts all of them anew up to RESTARTS times; with
 # `--ckpt_path last` they go on from the newest whole checkpoint (the first start warns that there is none, and begins).
+#
+# Where HEAD is not the name by which the first machine knows itself, say which one it is with NODE_RANK (0, 1, ...), and
+# give each machine's own address as LOCAL_ADDR.
 set -euo pipefail
 
 HEAD=${HEAD:?the name or address of the first machine}
@@ -18,6 +21,14 @@ RESTARTS=${RESTARTS:-3}
 # A collective that waits for a dead process ends with an error instead of hanging.
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=1
 
+where=()
+if [ -n "${NODE_RANK:-}" ]; then
+  where+=(--rdzv-conf "is_host=$([ "$NODE_RANK" = 0 ] && echo true || echo false)")
+fi
+if [ -n "${LOCAL_ADDR:-}" ]; then
+  where+=(--local-addr "$LOCAL_ADDR")
+fi
+
 exec torchrun --nnodes "$NODES" --nproc-per-node "$GPUS" --max-restarts "$RESTARTS" \
-  --rdzv-backend c10d --rdzv-endpoint "$HEAD:$PORT" --rdzv-id "$RUN" \
+  --rdzv-backend c10d --rdzv-endpoint "$HEAD:$PORT" --rdzv-id "$RUN" ${where[@]+"${where[@]}"} \
   -m lightning_cl fit "$@" --trainer.num_nodes "$NODES" --trainer.devices "$GPUS" --ckpt_path last
