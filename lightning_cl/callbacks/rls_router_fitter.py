@@ -124,7 +124,6 @@ class RLSRouterFitter(ContinualCallback):
         self._batch: Any = None  # the training batch whose features are still to come
         self._frozen: list[nn.Module] = []
         self._true_task: str | None = None
-        self._undo_hook: tuple[pl.LightningModule, Any] | None = None
 
     # ------------------------------------------------------------------ what users read
 
@@ -191,7 +190,6 @@ class RLSRouterFitter(ContinualCallback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Before training, prepare the task; before an evaluation, make room for the checkpoint's adapters."""
-        self._before_weights_load(trainer, pl_module)
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             self._when_built(pl_module, lambda: self._connect(trainer, pl_module))
@@ -222,24 +220,6 @@ class RLSRouterFitter(ContinualCallback):
         # Lightning asks whether the hook is overridden by looking at its code.
         object.__setattr__(pl_module, "configure_model", configure_model)
 
-    def _before_weights_load(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Make room for a checkpoint's adapters before its weights are loaded: Lightning restores callbacks after."""
-        original = pl_module.on_load_checkpoint
-
-        def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
-            state = checkpoint.get("callbacks", {}).get(self.state_key)
-            if state and self._bank is not None:
-                for number in range(int(state["router"]["allocated"])):
-                    self._bank.add(_adapter_name(number))
-                if trainer.state.fn == "fit":
-                    task = state["clock"]["completed"] if self._stream_index is None else self._stream_index
-                    self._bank.add(_adapter_name(task))
-                    self._bank.activate(_adapter_name(task))
-            original(checkpoint)
-
-        object.__setattr__(pl_module, "on_load_checkpoint", on_load_checkpoint)
-        self._undo_hook = (pl_module, on_load_checkpoint)
-
     def _connect(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the parts of this module, and give it an adapter for each task that is known."""
         saved = (peek_callback_state(trainer, self.state_key) or {}).get("router") or {}
@@ -255,9 +235,15 @@ class RLSRouterFitter(ContinualCallback):
             self._routed = RoutedForward(pl_module, layer, self._bank)
             self._outdated = bool(self._stored)
         if self._bank is not None:
-            known = max(len(saved.get("adapters") or ()), int(saved.get("allocated") or 0), len(self._stored))
+            known = max(int(saved.get("allocated") or 0), len(self._stored), self._ahead(trainer))
             for number in range(known):
                 self._bank.add(_adapter_name(number))
+
+    def _ahead(self, trainer: pl.Trainer) -> int:
+        """How many adapters to allocate before the strategy shards, be it for an evaluation before the first task."""
+        if self.max_tasks is None and isinstance(trainer.strategy, ModelParallelStrategy):
+            return len(getattr(_stream(trainer), "train_tasks", ()))
+        return self.max_tasks or 0
 
     def _prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._connect(trainer, pl_module)
@@ -293,10 +279,13 @@ class RLSRouterFitter(ContinualCallback):
                 " to it. Leave the memory out (adapters of earlier tasks are not changed, so nothing of them is"
                 " forgotten), or use a shared adapter without `RLSRouterFitter`."
             )
-        bank, ahead = self._bank, self.max_tasks
-        if ahead is None and isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy)):
-            ahead = len(getattr(_stream(trainer), "train_tasks", None) or []) or None
-        for number in range(max(ahead or 0, self.task_index + 1)):
+        if isinstance(trainer.strategy, FSDPStrategy):
+            raise MisconfigurationException(
+                "`FSDPStrategy` flattens all adapters of a block into one parameter, of which one task's part cannot train"
+                " alone. Use `strategy='cl_fsdp'` (or `ModelParallelStrategy`)."
+            )
+        bank = self._bank
+        for number in range(self.task_index + 1):
             bank.add(_adapter_name(number))
         self._warn_of_other_weights(bank)
         bank.activate(_adapter_name(self.task_index))
@@ -415,11 +404,6 @@ class RLSRouterFitter(ContinualCallback):
         self._stop_listening()
 
     def _stop_listening(self) -> None:
-        if self._undo_hook is not None:
-            owner, hook = self._undo_hook
-            if vars(owner).get("on_load_checkpoint") is hook:
-                object.__delattr__(owner, "on_load_checkpoint")
-            self._undo_hook = None
         for part in self._frozen:
             part.training = True
         self._batch, self._frozen = None, []

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from lightning_cl import Task, TaskStream, fit_stream
 from lightning_cl.callbacks import RLSRouterFitter
-from tests.helpers import models, spawn
+from tests.helpers import models
 
 DIM = 64
 
@@ -80,22 +82,20 @@ def adapters(router: RLSRouterFitter) -> dict[str, Tensor]:
     return {name: value for k in range(3) for name, value in bank.snapshot(f"task_{k}").items()}
 
 
-def three_tasks(rank: int, folder: Path, strategy: str, precision: str) -> None:
-    """Fit three tasks in two processes with one Trainer a task; tell what this rank holds at the end."""
+def three_tasks(folder: Path, strategy: str, precision: str) -> dict[str, Any]:
+    """Fit three tasks in two processes with one Trainer a task; what this rank holds at the end."""
     import lightning_cl  # noqa: F401  (registers the strategies)
 
-    sharded = "fsdp" in strategy
-    lm, router = module(), fitter(max_tasks=3 if sharded else None)
+    lm, router = module(), fitter(max_tasks=3 if "fsdp" in strategy else None)
     for task in range(3):
-        settings: dict[str, Any] = {"strategy": strategy, "devices": 2, "precision": precision}
-        fit(folder, router, lm, task, **settings)
+        fit(folder, router, lm, task, strategy=strategy, devices=2, precision=precision)
     batch = mixed()
     lm.eval()
     with torch.no_grad():
         logits = lm.model(
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"]
         ).logits
-    found = {
+    return {
         "adapters": adapters(router),
         "stored": router._stored,
         "weight": router.router.weight,
@@ -107,5 +107,57 @@ def three_tasks(rank: int, folder: Path, strategy: str, precision: str) -> None:
         "quantized": sum(type(part).__name__ == "Linear4bit" for part in lm.modules()),
         "sharded": sorted(n for n, p in lm.named_parameters() if hasattr(p, "to_local") and "task_2" in n),
     }
-    spawn.save(folder, rank, found)
-    torch.distributed.barrier()
+
+
+def ddp(rank: int, folder: Path) -> dict[str, Any]:
+    return three_tasks(folder, "ddp", "32-true")
+
+
+def fsdp(rank: int, folder: Path) -> dict[str, Any]:
+    return three_tasks(folder, "cl_fsdp", "32-true")
+
+
+def fsdp_4bit(rank: int, folder: Path) -> dict[str, Any]:
+    return three_tasks(folder, "cl_fsdp_4bit", "bf16-true")
+
+
+def resumed(rank: int, folder: Path, sharded: bool = False) -> dict[str, Any]:
+    """Task 1 with a checkpoint after each step; then from the one in the middle of its first epoch, with new objects."""
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    from lightning_cl.strategies import CLFSDPStrategy
+
+    def settings(path: str) -> dict[str, Any]:
+        saver = ModelCheckpoint(folder / path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        strategy = CLFSDPStrategy(sharded_checkpoint=sharded)
+        return {"strategy": strategy, "devices": 2, "callbacks": [saver], "enable_checkpointing": True}
+
+    lm, router = module(), fitter(max_tasks=3)
+    fit(folder, router, lm, 0, strategy="cl_fsdp", devices=2)
+    fit(folder, router, lm, 1, rows=loader(1, cls=StatefulDataLoader), **settings("whole"))
+    again, newer = module(), fitter(max_tasks=3)
+    options = settings("again")
+    trainer = models.trainer(
+        folder, max_epochs=1, max_steps=-1, **{**options, "callbacks": [*options["callbacks"], newer]}
+    )
+    trainer.fit(again, loader(1, cls=StatefulDataLoader), ckpt_path=folder / "whole" / "step=1.ckpt")
+    return {
+        "whole": adapters(router),
+        "again": adapters(newer),
+        "weights": (router.router.weight, newer.router.weight),
+        "counts": newer._statistics.total.counts.tolist(),
+    }
+
+
+def resumed_sharded(rank: int, folder: Path) -> dict[str, Any]:
+    return resumed(rank, folder, sharded=True)
+
+
+def stream(rank: int, folder: Path) -> dict[str, Any]:
+    """A task stream under FSDP: the number of adapters is known from the stream."""
+    tasks = [Task(f"t{k}", train=TaskRows(k), test=TaskRows(k, rows=6, seed=4)) for k in range(3)]
+    data = TaskStream(tasks, batch_size=4, collate_fn=models.collate)
+    lm, router = module(), fitter()
+    trainer = models.trainer(folder, callbacks=[router], max_epochs=1, max_steps=-1, strategy="cl_fsdp", devices=2)
+    fit_stream(trainer, lm, data)
+    return {"stages": router.confusion.stages, "names": router._bank.names, "adapters": adapters(router)}
