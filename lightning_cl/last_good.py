@@ -6,9 +6,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_cl import weights
 
@@ -27,14 +26,14 @@ class LastGood:
     def __bool__(self) -> bool:
         return bool(self._shards) or self._whole is not None
 
-    def keep(self, module: pl.LightningModule) -> None:
+    def keep(self, module: nn.Module) -> None:
         """Copy what the module holds now."""
         weights.reshard(module)
         self._whole = None
         self._shards = {n: weights.local(p).to("cpu", copy=True) for n, p in weights.trainable(module).items()}
         self._buffers = {n: b.detach().to("cpu", copy=True) for n, b in _buffers(module).items()}
 
-    def put_back(self, module: pl.LightningModule) -> None:
+    def put_back(self, module: nn.Module) -> None:
         """Write the copy into the module, in place; weights that started to train since then stay as they are."""
         weights.reshard(module)
         parameters = weights.trainable(module)
@@ -50,7 +49,7 @@ class LastGood:
                 if name in buffers:
                     buffers[name].copy_(value)
 
-    def state(self, module: pl.LightningModule) -> dict[str, Any]:
+    def state(self, module: nn.Module) -> dict[str, Any]:
         """The whole tensors, for a checkpoint; under sharding every rank calls it."""
         if self._whole is not None:
             return {"weights": self._whole, "buffers": self._buffers}
@@ -65,7 +64,7 @@ class LastGood:
         self._whole, self._buffers, self._shards = dict(state["weights"]), dict(state["buffers"]), {}
 
 
-def _buffers(module: pl.LightningModule) -> dict[str, Tensor]:
+def _buffers(module: nn.Module) -> dict[str, Tensor]:
     found = {}
     for prefix, part in module.named_modules():
         for name, buffer in part._buffers.items():

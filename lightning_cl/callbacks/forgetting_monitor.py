@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from typing_extensions import override
 
+from lightning_cl import weights
 from lightning_cl.callbacks.base import ContinualCallback
 from lightning_cl.distributed import gather_objects, raise_together, rank
 from lightning_cl.last_good import LastGood
@@ -233,7 +234,7 @@ class ForgettingMonitor(ContinualCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Keep or put back the weights, now that every callback has left the validation."""
-        self._settle(pl_module)
+        self._settle(trainer, pl_module)
 
     @override
     def on_train_batch_end(
@@ -249,12 +250,12 @@ class ForgettingMonitor(ContinualCallback):
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """As before a batch: the validation at the end of an epoch has no batch after it."""
-        self._settle(pl_module)
+        self._settle(trainer, pl_module)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Book the task's cost; the base ends the task."""
-        self._settle(pl_module)
+        self._settle(trainer, pl_module)
         self._diary.end_task(self.task_index, trainer.global_step)
         super().on_train_end(trainer, pl_module)
 
@@ -289,7 +290,7 @@ class ForgettingMonitor(ContinualCallback):
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Keep or put back the weights after an evaluation between the tasks, and show a row that is complete."""
-        self._settle(pl_module)
+        self._settle(trainer, pl_module)
         if self._row_complete:
             # Every callback has closed its own books of the evaluation by now.
             self._finish_row(trainer, pl_module)
@@ -321,7 +322,7 @@ class ForgettingMonitor(ContinualCallback):
         """Add the last good weights. A collective call under sharding."""
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
         if self._good:
-            checkpoint[f"{self.state_key}.last_good"] = self._good.state(pl_module)
+            checkpoint[f"{self.state_key}.last_good"] = self._good.state(weights.sharding_root(trainer, pl_module))
 
     @override
     def on_load_checkpoint(
@@ -507,12 +508,12 @@ class ForgettingMonitor(ContinualCallback):
         for task, value, rows in good:
             matrix.update(stage, task, value, rows)
 
-    def _settle(self, pl_module: pl.LightningModule) -> None:
+    def _settle(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         pending, self._pending = self._pending, None
         if pending == "keep":
-            self._good.keep(pl_module)
+            self._good.keep(weights.sharding_root(trainer, pl_module))
         elif pending == "restore":
-            self._good.put_back(pl_module)
+            self._good.put_back(weights.sharding_root(trainer, pl_module))
 
     # ---- what is shown
 
