@@ -392,7 +392,7 @@ class ActivationMarginRegularizer(ContinualCallback):
             device = step.task_loss.device  # type: ignore[union-attr]
             if accumulated > 1:
                 skipped = int(self.skip_first_token and width > 0)
-                rows = [row for row in step.replay.window if self._covers(row_key(row), row.source)]
+                rows = [row for row in step.replay.window or () if self._covers(row_key(row), row.source)]
                 lengths = [row.length if "input_ids" in row.content else max(width, 1) for row in rows]
                 count = torch.full((), float(sum(max(n - skipped, 0) for n in lengths)), device=device)
             else:
