@@ -214,7 +214,7 @@ class Encoder:
         labels[0] = IGNORE_INDEX
         row = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "labels": labels}
         if 0 < self.prompt_loss_weight < 1 and prompt_weight > 0:
-            row["loss_weight"] = torch.where(mask, 1.0, prompt_weight)
+            row["loss_weight"] = torch.full((len(ids),), prompt_weight, dtype=torch.float32).masked_fill(mask, 1.0)
         return row
 
     def _prompt_and_answers(self, example: Example, all_options: bool) -> tuple[list[int], list[list[int]]]:

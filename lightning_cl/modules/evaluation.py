@@ -75,7 +75,7 @@ class Evaluation(nn.Module):
         score = TEXT_SCORES.get(name)
         if score is not None:
             pairs = zip(texts, batch["reference"], strict=True)
-            scores = torch.tensor([score(text, reference) for text, reference in pairs], device=device)
+            scores = torch.tensor([score(t, r) for t, r in pairs], dtype=torch.float32, device=device)
             return self.update_rows(stage, name, loader, scores, batch["row"] >= 0, batch["row"])
         kept = [(t, r) for t, r, counts in zip(texts, batch["reference"], counted, strict=True) if counts]
         return self.update_metric(stage, name, loader, ([t for t, _ in kept], [r for _, r in kept]), 0, device)

@@ -200,6 +200,10 @@ def test_scores_keep_their_digits_in_half_precision(tmp_path):
     (result,) = trainer.validate(pl_module, loader(pl_module, TEXTS, "eval", "loss", 1), verbose=False)
     scores = pl_module.row_scores[0]
     assert result["val_loss"] == pytest.approx(sum(scores) / len(scores), rel=1e-6)
+    pl_module.generate_text = lambda batch: ["red red blue"] * len(batch["reference"])
+    data = loader(pl_module, [{"prompt": "Q", "answer": "red green"}], "eval", "rouge_l")
+    (result,) = trainer.validate(pl_module, data, verbose=False)
+    assert result["val_rouge_l"] == pytest.approx(0.4, rel=1e-6)
 
 
 def test_accuracy_equals_one_row_at_a_time(tmp_path):
