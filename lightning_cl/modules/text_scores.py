@@ -8,6 +8,8 @@ import string
 from collections import Counter
 from collections.abc import Callable
 
+import torch
+
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _NO_WORD = re.compile(r"[\W_]+")
 
@@ -49,7 +51,12 @@ def rouge_l(prediction: str, reference: str) -> float:
     """
     from torchmetrics.functional.text import rouge_score
 
-    scores = rouge_score(prediction, reference, rouge_keys="rougeL", normalizer=_normal, tokenizer=str.split)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)  # in a bf16-true step it is bfloat16, and so would the score be
+    try:
+        scores = rouge_score(prediction, reference, rouge_keys="rougeL", normalizer=_normal, tokenizer=str.split)
+    finally:
+        torch.set_default_dtype(default)
     return float(scores["rougeL_fmeasure"])
 
 
