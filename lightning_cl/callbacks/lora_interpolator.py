@@ -132,6 +132,13 @@ class LoRAInterpolator(ContinualCallback):
         """
         return (step_idx + 1) % self.update_every_n_steps == 0
 
+    def teacher(self) -> AbstractContextManager[None]:
+        """A context in which the module gives the hidden states that the fast weights are pulled to: the slow weights'.
+
+        Override it to compare with others, such as :func:`lightning_cl.weights.adapters_disabled`.
+        """
+        return self._average.in_module()
+
     def reset(self) -> None:
         """Forget the average; the next task starts with a copy of the weights that it finds."""
         self._average = SlowWeights()
@@ -161,7 +168,7 @@ class LoRAInterpolator(ContinualCallback):
         self._watched = self._layer_names(pl_module)
         for name in self._watched:
             self.attachment.watch(self, name)
-        self.attachment.add_reference(self, "slow", self._average.in_module)
+        self.attachment.add_reference(self, "slow", self.teacher)
         self.attachment.add_loss(self, "consistency", self._consistency)
 
     @override
