@@ -133,9 +133,9 @@ class Attachment:
         for name, part in self._watched.items():
             handle = part.register_forward_hook(outside_graph(functools.partial(self._capture, name)))
             self._undo.append(handle.remove)
-        if self._references:
+        for network in self._reference_networks() if self._references else ():
             # First of all pre-hooks, also before FSDP gathers the parameters for the real call.
-            handle = self.network.register_forward_pre_hook(
+            handle = network.register_forward_pre_hook(
                 outside_graph(self._run_references), prepend=True, with_kwargs=True
             )
             self._undo.append(handle.remove)
@@ -193,9 +193,20 @@ class Attachment:
         """The network: for Hugging Face models the backbone, so that a reference pass computes no logits."""
         return anatomy.find_backbone(self.module)[1]
 
+    def _reference_networks(self) -> list[nn.Module]:
+        """The modules at whose call the reference passes may run; the first one called on the batch runs them.
+
+        A Hugging Face model's backbone; in any other module whatever encloses the watched modules, since only
+        ``training_step`` knows which of them it calls.
+        """
+        if anatomy.pretrained_model(self.module) is not None:
+            return [self.network]
+        names = {name[:i] for name in self._watched for i, c in enumerate(name + ".") if c == "."} | {""}
+        return [self.module.get_submodule(name) for name in sorted(names)]
+
     @functools.cached_property
-    def _network_modules(self) -> list[nn.Module]:
-        return list(self.network.modules())
+    def _all_modules(self) -> list[nn.Module]:
+        return list(self.module.modules())
 
     def check_finite(self) -> None:
         """Raise now if a term of an earlier step was not finite (on a GPU that is known one step late)."""
@@ -346,7 +357,7 @@ class Attachment:
             return
         self._in_reference = True
         # Through `__dict__`, since `nn.Module.__setattr__` on a thousand modules would cost more than the hooks.
-        modules = [part for part in self._network_modules if part.training]
+        modules = [part for part in self._all_modules if part.training]
         try:
             for part in modules:
                 part.__dict__["training"] = False
@@ -380,9 +391,9 @@ class Attachment:
         missing = [str(key) for key in self._references if not step.reference.get(key) and self._watched]
         if missing:
             raise MisconfigurationException(
-                f"The reference pass(es) {missing} did not run: `training_step` never called the network"
-                f" {self.network_name or type(self.network).__name__!r} on the batch. Call the network as a module (not"
-                " one of its parts, nor its `forward` directly)."
+                f"The reference pass(es) {missing} did not run: `training_step` called none of"
+                f" {[type(part).__name__ for part in self._reference_networks()]} on the batch. Call the network as a"
+                " module (not its `forward` directly), with tensors that have one entry a row."
             )
 
     # ------------------------------------------------------------------ wrapping
