@@ -170,6 +170,29 @@ class RLSRouterFitter(ContinualCallback):
         finally:
             self.evaluate_with = before
 
+    def side_by_side(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, stream: Any
+    ) -> dict[str, dict[str, float]]:
+        """Test all tasks of a ``TaskStream`` routed, by oracle and with the base model: ``{mode: {task: score}}``.
+
+        The scores are kept in :attr:`confusion`, for the report.
+        """
+        from lightning_cl.metrics import find_score
+
+        found: dict[str, dict[str, float]] = {}
+        tasks = stream.loader_tasks("test")
+        for mode in ("routed", "oracle", "base"):
+            with self.evaluating_with(mode):
+                logged = trainer.test(pl_module, datamodule=stream, verbose=False)
+            together = {name: value for entry in logged for name, value in entry.items()}
+            found[mode] = {}
+            for index, task in enumerate(tasks):
+                name, _ = find_score(together, index, len(tasks), task.name, None, task.metric)
+                if name is not None:
+                    found[mode][task.name] = float(together[name])
+        self.confusion.scores = found
+        return found
+
     def export(self, folder: str | Path) -> None:
         """Write adapters (standard PEFT folders) and router (one small file) for ``lightning_cl.routing.load_routed``.
 
@@ -284,6 +307,12 @@ class RLSRouterFitter(ContinualCallback):
                 "`FSDPStrategy` flattens all adapters of a block into one parameter, of which one task's part cannot train"
                 " alone. Use `strategy='cl_fsdp'` (or `ModelParallelStrategy`)."
             )
+        names = [type(callback).__name__ for callback in getattr(trainer, "callbacks", [])]
+        if "LoRAInterpolator" in names[names.index(type(self).__name__) + 1 if type(self).__name__ in names else 0 :]:
+            raise MisconfigurationException(
+                "`LoRAInterpolator` comes after `RLSRouterFitter` in the callbacks, so the router would store a task's"
+                " adapter before the slow weights are put into it. Put `LoRAInterpolator` first."
+            )
         bank = self._bank
         for number in range(self.task_index + 1):
             bank.add(_adapter_name(number))
@@ -314,6 +343,7 @@ class RLSRouterFitter(ContinualCallback):
         routed = self.routed
         self._restore_adapters()
         if self._bank is not None:
+            self._bank.forget_copies()
             self._bank.offload(keep=[_adapter_name(self.task_index)])
         routed.attach()
         routed.enabled = False
@@ -478,15 +508,17 @@ class RLSRouterFitter(ContinualCallback):
         if self._true_task is not None:
             self.confusion.add(self._true_task, routes)
 
-    def _end_evaluation(self, trainer: pl.Trainer, pl_module: pl.LightningModule, log: bool = True) -> None:
+    def _end_evaluation(self, trainer: pl.Trainer, counted: bool = True) -> None:
         routed = self.routed
         routed.prompt, routed.on_routes, routed._given, self._true_task = None, None, None, None
         fitting = trainer.state.fn == "fit"
-        if log:
+        if counted:
             learnt = [c.name for c in (routed.router.classes if routed.router else []) if c.adapter != BASE]
             accuracy = self.confusion.finish(learnt, keep=not fitting)
             if accuracy is not None and self.evaluate_with == "routed":
-                pl_module.log("cl/routing_accuracy", accuracy, batch_size=1, sync_dist=True)
+                # Not `pl_module.log`: among the metrics of a loader it could be taken for the task's score.
+                for logger in trainer.loggers:
+                    logger.log_metrics({"cl/routing_accuracy": accuracy}, step=trainer.global_step)
         if fitting:
             routed.enabled = False
 
@@ -516,17 +548,17 @@ class RLSRouterFitter(ContinualCallback):
     @override
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Close the confusion matrix; in a fit, the active adapter answers again."""
-        self._end_evaluation(trainer, pl_module)
+        self._end_evaluation(trainer)
 
     @override
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Close the confusion matrix."""
-        self._end_evaluation(trainer, pl_module)
+        self._end_evaluation(trainer)
 
     @override
     def on_predict_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The batches are over."""
-        self._end_evaluation(trainer, pl_module, log=False)
+        self._end_evaluation(trainer, counted=False)
 
     # ------------------------------------------------------------------ state
 

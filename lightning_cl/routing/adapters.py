@@ -105,6 +105,7 @@ class AdapterBank:
     def activate(self, name: str) -> None:
         """Make ``name`` the only adapter that is active and that trains; it comes to the model's device."""
         self.fetch([name])
+        self._host.pop(name, None)  # it changes from now on
         # A gathered FSDP group shows temporary parameters: flags must be set on the shards that the optimizer sees.
         weights.reshard(self.module)
         self.model.set_adapter(name)
@@ -180,6 +181,10 @@ class AdapterBank:
             for parameter in self.parameters(name).values():
                 if parameter.device != self.device:
                     parameter.data = parameter.data.to(self.device, non_blocking=True)
+
+    def forget_copies(self) -> None:
+        """Take no copy in host memory for the adapter's weights: a checkpoint may have changed those on the device."""
+        self._host.clear()
 
     def _to_host(self, name: str) -> None:
         # A frozen adapter is the same in both places, so that after the first time nothing is copied back.

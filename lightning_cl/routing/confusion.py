@@ -18,6 +18,11 @@ Counts = dict[str, dict[str, int]]
 class RoutingConfusion:
     """Counts of routes by the task that a sample really is of.
 
+    Attributes:
+        stages: counts by stage (0: after the first task), true task, and where the sample was sent.
+        learnt: the tasks that the router knew at each stage.
+        scores: task scores routed, by oracle and with the base model, from `RLSRouterFitter.side_by_side`.
+
     Example:
         >>> confusion = RoutingConfusion()
         >>> confusion.stages[0] = {"qa": {"qa": 9, "sums": 1}, "sums": {"sums": 10}}
@@ -34,6 +39,7 @@ class RoutingConfusion:
     def __init__(self) -> None:
         self.stages: dict[int, Counts] = {}
         self.learnt: dict[int, list[str]] = {}
+        self.scores: dict[str, dict[str, float]] = {}
         self._running: Counts = {}
 
     def start(self) -> None:
@@ -103,11 +109,12 @@ class RoutingConfusion:
 
     def state_dict(self) -> dict[str, Any]:
         """The kept stages."""
-        return {"stages": self.stages, "learnt": self.learnt}
+        return {"stages": self.stages, "learnt": self.learnt, "scores": self.scores}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a state."""
         self.stages, self.learnt = dict(state["stages"]), dict(state["learnt"])
+        self.scores = dict(state["scores"])
 
     def _stage(self, stage: int | None) -> tuple[Counts, list[str]]:
         if not self.stages:

@@ -218,7 +218,7 @@ class RoutedForward:
         call.done = True
         self._names = self._adapters(hidden, call)
         if self._names is not None and self.bank is not None:
-            self.bank.fetch(name for name in set(self._names))
+            self.bank.fetch(dict.fromkeys(self._names))
 
     def _adapters(self, hidden: Tensor, call: _Call) -> list[str] | None:
         rows = hidden.shape[0]

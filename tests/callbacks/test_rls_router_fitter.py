@@ -9,12 +9,13 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_cl import Task, TaskStream, fit_stream
-from lightning_cl.callbacks import ReplayMixer, RLSRouterFitter
+from lightning_cl.callbacks import LoRAInterpolator, ReplayMixer, RLSRouterFitter
 from lightning_cl.replay import EpisodicMemory, GeneralSamples
 from lightning_cl.routing import Expansion, load_routed
 from lightning_cl.routing.features import prompt_mask
@@ -250,6 +251,31 @@ def test_general_class_is_learnt_from_general_samples_each_once(tmp_path, layout
     assert found.adapters == ["__base__"] * 6
 
 
+def test_slow_weights_are_kept_for_each_adapter_and_come_first(tmp_path):
+    lm, router, average = module(), fitter(), LoRAInterpolator(half_life=0.5, consistency_weight=0.0)
+    for task in range(2):
+        fit(tmp_path, router, lm, task, callbacks=[average])
+    for k in range(2):  # what is stored is what the module holds: the slow weights
+        now = router._bank.snapshot(f"task_{k}")
+        assert all(torch.equal(value, now[name]) for name, value in router._stored[f"task_{k}"].items())
+    plain, alone = module(), fitter()
+    fit(tmp_path, alone, plain, 0)
+    assert not all(torch.equal(v, router._stored["task_0"][n]) for n, v in alone._stored["task_0"].items())
+    trainer = models.trainer(tmp_path, callbacks=[fitter(), LoRAInterpolator()])
+    with pytest.raises(MisconfigurationException, match=r"`LoRAInterpolator` comes after `RLSRouterFitter`"):
+        trainer.fit(module(), tools.loader(0))
+
+
+def test_routing_accuracy_goes_to_the_logger_and_is_no_score_of_a_task(tmp_path):
+    data = TaskStream([Task("t0", train=TaskRows(0), val=TaskRows(0, rows=4))], batch_size=4, collate_fn=models.collate)
+    lm, router, logger = module(), fitter(), CSVLogger(tmp_path)
+    trainer = models.trainer(tmp_path, callbacks=[router], max_epochs=1, max_steps=-1, logger=logger)
+    matrix = fit_stream(trainer, lm, data)
+    assert matrix.compute()["average"] is not None
+    assert "cl/routing_accuracy" in (Path(logger.log_dir) / "metrics.csv").read_text()
+    assert "cl/routing_accuracy" not in trainer.callback_metrics
+
+
 def test_general_class_without_general_samples_and_memories_are_refused(tmp_path):
     with pytest.raises(
         MisconfigurationException, match="`general_class=True` of `RLSRouterFitter` learns from replayed"
@@ -283,18 +309,15 @@ def test_fit_stream_evaluates_routed_oracle_and_base_side_by_side(tmp_path):
     assert router.confusion.accuracy() == 1.0
     assert router.confusion.table(2).splitlines()[2].startswith("| t0 | 6 | 0 | 0 |")
     assert [c.name for c in router.router.classes] == ["t0", "t1", "t2"]
-    scores = {}
-    for mode in ("routed", "oracle", "base"):
-        with router.evaluating_with(mode):
-            found = trainer.validate(lm, datamodule=data, verbose=False)
-        scores[mode] = torch.tensor([v for row in found for k, v in sorted(row.items()) if k.startswith("val_loss")])
-        accuracies = [v for row in found for k, v in row.items() if k == "cl/routing_accuracy"]
-        assert accuracies == ([1.0] * len(accuracies) if mode == "routed" else [])
+    lm.test_step = lambda batch, batch_idx, dataloader_idx=0: lm.log("test_loss", lm.model(**batch).loss, batch_size=6)
+    scores = router.side_by_side(trainer, lm, data)
+    scores = {mode: torch.tensor([row[f"t{k}"] for k in range(3)]) for mode, row in scores.items()}
+    assert set(router.confusion.state_dict()["scores"]) == {"routed", "oracle", "base"}
     assert torch.equal(scores["routed"], scores["oracle"])
     assert bool((scores["routed"] < scores["base"]).all())
     with lm.model.disable_adapter():
         lm.eval()
-        rows = models.collate([TaskRows(0, rows=6, seed=3)[i] for i in range(6)])
+        rows = models.collate([TaskRows(0, rows=6, seed=4)[i] for i in range(6)])
         with torch.no_grad():
             expected = lm.model(**rows).loss
     assert scores["base"][0] == pytest.approx(float(expected), abs=1e-2)
