@@ -13,6 +13,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
@@ -581,6 +582,25 @@ def test_resume_equals_the_unbroken_run(tmp_path: Path, on_exceed: str) -> None:
     assert last.matrix.to_dict() == whole.matrix.to_dict()
     assert last.matrix.compute() == whole.matrix.compute()
     assert [e["action"] for e in last.events] == [e["action"] for e in whole.events][-1:]
+
+
+def test_a_task_added_in_a_new_process_goes_on_in_the_same_matrix(tmp_path: Path) -> None:
+    def run(tasks: str, ckpt_path: str | None = None) -> tuple[Any, ForgettingMonitor]:
+        monitor, checkpoint = quiet("test_acc"), ModelCheckpoint(dirpath=tmp_path / "checkpoints", save_last=True)
+        trainer = a_trainer(tmp_path, monitor, more=[checkpoint], enable_checkpointing=True)
+        data = [Task(t, train=list(rows(t)), test=list(rows(t))) for t in tasks]
+        return fit_stream(trainer, Point(), TaskStream(data, batch_size=2), ckpt_path=ckpt_path), monitor
+
+    run("ab")
+    last = max(tmp_path.rglob("last.ckpt"), key=lambda path: path.stat().st_mtime)
+    returned, monitor = run("abc", str(last))
+    # Task c is new: the row after b is measured for it too, and the matrix goes on.
+    assert monitor.matrix.tasks == ["a", "b", "c"]
+    cells = {cell: score.value for cell, score in monitor.matrix.scores().items()}
+    assert cells == {cell: score.value for cell, score in returned.scores().items()}
+    assert cells[1, "c"] == pytest.approx(0.25)
+    assert monitor.matrix.compute()["backward_transfer"] == pytest.approx((-1.0 - 0.75) / 2)
+    assert monitor.matrix.reasons["forward_transfer"] == "task 'c' was not measured before the first task"
 
 
 def test_a_checkpoint_without_monitor_is_taken(tmp_path: Path) -> None:
