@@ -77,11 +77,14 @@ def enable_activation_checkpointing(module: nn.Module) -> None:
 
 
 def compile_blocks(module: nn.Module) -> None:
-    """``torch.compile`` each block in place (its name and its parameters' names stay)."""
+    """``torch.compile`` each block's ``forward`` in place (names stay; equal blocks are compiled once).
+
+    The hooks of FSDP and of callbacks on a block run around the compiled forward, in Python.
+    """
     for name in find_shard_blocks(module):
         block = module.get_submodule(name)
-        if block._compiled_call_impl is None:
-            block.compile()
+        if not hasattr(block.forward, "_torchdynamo_orig_callable"):
+            block.forward = torch.compile(block.forward)
 
 
 def _recomputed(block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -160,9 +160,11 @@ def options(rank: int, folder: Path) -> Any:
         "blocks": {"blocks": ["LlamaMLP"], "reduce_dtype": "compute"},
         "size": {"min_parameters": 2000},
         "recompute": {"activation_checkpointing": True},
+        "compile": {"compile_blocks": True, "activation_checkpointing": True},
     }.items():
         module = workers.plain(optimizer="sgd")
-        workers.trainer(folder, strategy=workers.strategy(**arguments)).fit(module, models.loader(16, 4))
+        with workers.without_compiler():
+            workers.trainer(folder, strategy=workers.strategy(**arguments)).fit(module, models.loader(16, 4))
         found[name] = workers.whole(module)
     return found
 

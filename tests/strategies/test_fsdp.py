@@ -101,7 +101,7 @@ def test_4bit_storage_follows_the_compute_dtype(ranks: Any) -> None:
     assert all(3 < loss < 7 for _, loss in found.values())
 
 
-@pytest.mark.parametrize("name", ["replicas", "kept", "offload", "blocks", "size", "recompute"])
+@pytest.mark.parametrize("name", ["replicas", "kept", "offload", "blocks", "size", "recompute", "compile"])
 def test_options_do_not_change_the_result(ranks: Any, tmp_path: Path, name: str) -> None:
     expected = _one(tmp_path, workers.plain(optimizer="sgd"), workers.rows_of_ranks(16, 4, 2))
     workers.close(workers.result(ranks, "options")[0][name], expected)

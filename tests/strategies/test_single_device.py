@@ -231,6 +231,19 @@ def test_quantization_argument_of_another_type() -> None:
         CLSingleDeviceStrategy(quantization=4)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("strategy", ["cl_single_device", "cl_single_device_4bit"])
+def test_compiled_blocks_train_to_the_same_weights(tmp_path: Path, strategy: str) -> None:
+    expected = workers.plain()
+    _trainer(tmp_path, strategy=strategy).fit(expected, models.loader())
+    module = workers.plain()
+    quantization: Any = "nf4" if strategy.endswith("4bit") else None
+    with workers.without_compiler():
+        compiled = CLSingleDeviceStrategy(compile_blocks=True, quantization=quantization)
+        _trainer(tmp_path, strategy=compiled).fit(module, models.loader())
+    assert all("_orig_mod" not in name for name, _ in module.named_parameters())
+    workers.close(workers.whole(module), workers.whole(expected), atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["hugging_face", "plain"])
 def test_activation_checkpointing_changes_memory_and_not_results(tmp_path: Path, kind: str) -> None:
     class Stack(pl.LightningModule):

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +92,18 @@ def rows_of_ranks(rows: int, batch: int, world: int, seed: int = 0) -> torch.uti
     parts = [list(DistributedSampler(data, world, r, shuffle=True, seed=0)) for r in range(world)]
     order = [i for start in range(0, len(parts[0]), batch) for part in parts for i in part[start : start + batch]]
     return DataLoader(data, batch_size=batch * world, sampler=order, collate_fn=models.collate)
+
+
+@contextmanager
+def without_compiler() -> Iterator[None]:
+    """Let ``torch.compile`` trace and differentiate, but generate no code, which would need a C++ compiler."""
+    compile = torch.compile
+    torch.compile = partial(compile, backend="aot_eager")  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = compile  # type: ignore[assignment]
+        torch.compiler.reset()
 
 
 def close(first: dict[str, Tensor], second: dict[str, Tensor], atol: float = 1e-6) -> None:
