@@ -23,6 +23,7 @@ Mode = Literal["auto", "graph", "compile", "eager"]
 # Positions that one CUDA graph's attention can see: a graph for each stretch of 128 reads on average little more of the
 # cache than is filled, and a row of 256 tokens needs two.
 _STRETCH = 128
+_SHORTEST_RECORDED = 8
 _CPU_BATCH = 64
 _LARGEST_BATCH = 1024
 # How often the flags on the device are looked at: each look is a synchronisation.
@@ -78,7 +79,8 @@ class DecodeEngine:
         eos_token_ids: The end tokens; needed for ``"stop"``.
         batch_size: Rows decoded together; by default as many as free memory allows (64 on a CPU).
         mode: ``"graph"`` records eager kernels (CUDA), ``"compile"`` compiles the step first, which takes a minute and
-            pays for tens of thousands of rows, ``"eager"`` does neither. ``"auto"``: ``"graph"`` where it works.
+            pays for tens of thousands of rows, ``"eager"`` does neither. ``"auto"``: ``"graph"``. Without a GPU, and for
+            models that cannot have a static cache, all are ``"eager"``.
         seed: Seed of all rows.
 
     Raises:
@@ -183,9 +185,10 @@ class DecodeEngine:
         return Generation(rows, ended, time.perf_counter() - started, size, mode)
 
     def _resolved_mode(self, device: torch.device) -> Mode:
-        if self._mode != "auto":
-            return self._mode
-        return "graph" if device.type == "cuda" and self._static() else "eager"
+        # Only a static cache on a GPU can be recorded, and for a few positions there is nothing to win.
+        if device.type != "cuda" or not self._static() or self._length < _SHORTEST_RECORDED:
+            return "eager"
+        return "graph" if self._mode == "auto" else self._mode
 
     def _static(self) -> bool:
         # Models that branch on data (most mixtures of experts) or keep another state than keys and values.
@@ -314,7 +317,7 @@ class _Decoder:
         token = torch.where(in_prompt, self.prompts.index_select(1, self.position)[:, 0], drawn)
         if self.engine._stop:
             token = torch.where(self.done, self.eos[0], token)
-            self.done |= torch.isin(token, self.eos) & ~in_prompt
+            self.done |= (token[:, None] == self.eos).any(-1) & ~in_prompt
         self.bad.copy_(torch.where((self.bad == 0) & ~finite.all(), self.position, self.bad))
         self.out.index_copy_(1, self.position, token[:, None])
         self.token.copy_(token[:, None])
@@ -351,10 +354,13 @@ class _Decoder:
                 for _ in range(2):
                     step()
             torch.cuda.current_stream(self.device).wait_stream(stream)
+            # One pool: what a step computes on the way is gone when the next one, of whatever stretch, runs. Other
+            # threads (a loader that pins memory) may go on using the device meanwhile.
+            pool = torch.cuda.graph_pool_handle()
             for end in sorted({self._stretch(p) for p in range(self.engine._length)}):
                 attention.visible = end
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, stream=stream):
+                with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                     step()
                 self.graphs[end] = graph
         except torch.cuda.OutOfMemoryError:

@@ -20,11 +20,12 @@ def refuse_strategy(trainer: pl.Trainer) -> None:
     from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 
     strategy = trainer.strategy
-    mesh = getattr(strategy, "device_mesh", None) if hasattr(strategy, "tensor_parallel_size") else None
-    tensor_parallel = getattr(strategy, "tensor_parallel_size", 1) if mesh is None else mesh["tensor_parallel"].size()
+    mesh = getattr(strategy, "_device_mesh", None)
+    names = getattr(mesh, "mesh_dim_names", None) or ()
+    tensor_parallel = mesh["tensor_parallel"].size() if mesh is not None and "tensor_parallel" in names else 1
     if isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy)):
         problem = f"`{type(strategy).__name__}` cannot gather the weights once for a whole generation"
-    elif isinstance(tensor_parallel, int) and tensor_parallel > 1:
+    elif tensor_parallel > 1:
         problem = f"with `tensor_parallel_size={tensor_parallel}` the ranks cannot generate different rows"
     else:
         return

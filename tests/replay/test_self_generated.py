@@ -245,6 +245,17 @@ def test_two_ranks_make_disjoint_parts_of_the_same_rows(tmp_path: Path, strategy
     assert sorted(first["rows"] + second["rows"]) == sorted(expected)
 
 
+def _refused_mesh(rank: int) -> None:
+    from lightning.pytorch.strategies import ModelParallelStrategy
+
+    strategy = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=2)
+    source, module = SelfGenerated(4, 8), PlainLM(tiny_llama())
+    module.configure_model = lambda: None  # type: ignore[method-assign]
+    run = trainer(Path("."), devices=2, strategy=strategy, callbacks=[ReplayMixer(source)])
+    with pytest.raises(MisconfigurationException, match="`tensor_parallel_size=2` the ranks cannot generate different"):
+        run.fit(module, loader())
+
+
 class TestRefusals:
     """Bad input, each with its message."""
 
@@ -338,6 +349,9 @@ class TestRefusals:
 
         with pytest.raises(MisconfigurationException, match=f"`{name}` cannot gather .* generate-replay"):
             refuse_strategy(FakeTrainer())
+
+    def test_tensor_parallelism(self) -> None:
+        spawn.run(_refused_mesh, 2)
 
 
 def test_composes_with_general_samples(tmp_path: Path) -> None:
