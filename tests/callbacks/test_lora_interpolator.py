@@ -10,93 +10,42 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_cl import weights
-from lightning_cl.callbacks import LoRAInterpolator, ReplayMixer
+from lightning_cl.callbacks import LoRAInterpolator
 from lightning_cl.functional.interpolation import half_life_to_decay, warmup_decay
 from lightning_cl.replay import EpisodicMemory
+from tests.callbacks.interpolator_tools import (
+    Recorder,
+    Watch,
+    assert_same,
+    average_of,
+    copy_of,
+    fit,
+    loss_of,
+    make_mixer,
+    make_module,
+)
 from tests.helpers import models
-
-Weights = dict[str, Tensor]
-
-
-class Recorder(LoRAInterpolator):
-    """Keeps what passes by: the fast weights after each optimizer step, and each step's slow and fast states."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.fast: list[Weights] = []
-        self.steps: list[dict[str, Any]] = []
-
-    def should_update(self, step_idx: int) -> bool:
-        self.fast.append(_copy(self._average.parameters))
-        return super().should_update(step_idx)
-
-    def _consistency(self, step: Any) -> Tensor | None:
-        term = super()._consistency(step)
-        if step.replay.count:
-            for states in step.activations.values():
-                states.retain_grad()
-            ids = {k: v[-step.replay.count :].clone() for k, v in step.batch.items()}
-            slow = {n: s.clone() for n, s in self._average.shards.items()}
-            self.steps.append({"rows": ids, "slow": slow, "step": step, "term": term, "fast": self._fast_now()})
-        return term
-
-    def _fast_now(self) -> Weights:
-        return _copy(self._average.parameters)
-
-
-def _copy(parameters: dict[str, nn.Parameter]) -> Weights:
-    return {name: weights.local(p).float().clone() for name, p in parameters.items()}
-
-
-def _module(seed: int = 0, **kwargs: Any) -> models.PlainLM:
-    kwargs.setdefault("lr", 0.1)
-    return models.PlainLM(models.lora(models.tiny_llama(seed)), **kwargs)
-
-
-def _mixer(rows: int = 2, capacity: int = 20) -> ReplayMixer:
-    return ReplayMixer(EpisodicMemory(capacity), rows_per_batch=rows)
-
-
-def _fit(tmp_path: Path, module: pl.LightningModule, callbacks: list[Callback], data: Any = None, **kwargs: Any) -> Any:
-    trainer = models.trainer(tmp_path, callbacks=callbacks, **kwargs)
-    loaders = {"val_dataloaders": kwargs.pop("val", None)}
-    trainer.fit(module, data if data is not None else models.loader(), **loaders)
-    return trainer
-
-
-def _average_of(initial: Weights, fast: list[Weights], decays: list[float]) -> Weights:
-    slow = {n: t.double() for n, t in initial.items()}
-    for point, decay in zip(fast, decays, strict=True):
-        slow = {n: decay * t + (1 - decay) * point[n].double() for n, t in slow.items()}
-    return {n: t.float() for n, t in slow.items()}
-
-
-def _assert_same(got: Weights, wanted: Weights, **tolerance: float) -> None:
-    assert got.keys() == wanted.keys()
-    for name in wanted:
-        torch.testing.assert_close(got[name], wanted[name], **(tolerance or {"rtol": 0, "atol": 0}), msg=name)
-
 
 # ------------------------------------------------------------------- the average moves
 
 
 def test_one_step_is_the_formula(tmp_path: Path) -> None:
-    module, callback = _module(), Recorder(decay=0.25, warmup=False, evaluate_with="fast", consistency_weight=0)
-    initial = _copy(weights.trainable(module))
-    _fit(tmp_path, module, [callback], max_steps=1)
-    _assert_same(callback.slow_weights(), _average_of(initial, callback.fast, [0.25]), rtol=0, atol=1e-6)
+    module, callback = make_module(), Recorder(decay=0.25, warmup=False, evaluate_with="fast", consistency_weight=0)
+    initial = copy_of(weights.trainable(module))
+    fit(tmp_path, module, [callback], max_steps=1)
+    assert_same(callback.slow_weights(), average_of(initial, callback.fast, [0.25]), rtol=0, atol=1e-6)
 
 
 def test_the_slow_weights_leave_the_start_and_are_not_the_fast_ones(tmp_path: Path) -> None:
-    module, callback = _module(), LoRAInterpolator(evaluate_with="fast", consistency_weight=0)
-    initial = _copy(weights.trainable(module))
-    _fit(tmp_path, module, [callback], max_steps=4)
-    fast, slow = _copy(weights.trainable(module)), callback.slow_weights()
+    module, callback = make_module(), LoRAInterpolator(evaluate_with="fast", consistency_weight=0)
+    initial = copy_of(weights.trainable(module))
+    fit(tmp_path, module, [callback], max_steps=4)
+    fast, slow = copy_of(weights.trainable(module)), callback.slow_weights()
     for name in initial:
         assert not torch.allclose(slow[name], initial[name], atol=1e-6), name
         assert not torch.allclose(slow[name], fast[name], atol=1e-6), name
@@ -112,15 +61,15 @@ def test_the_slow_weights_leave_the_start_and_are_not_the_fast_ones(tmp_path: Pa
     ],
 )
 def test_whole_run_is_the_naive_average(tmp_path: Path, settings: dict[str, Any], accumulate: int, steps: int) -> None:
-    module, callback = _module(), Recorder(evaluate_with="fast", consistency_weight=0, **settings)
-    initial = _copy(weights.trainable(module))
-    _fit(tmp_path, module, [callback], max_steps=-1, max_epochs=2, accumulate_grad_batches=accumulate)
+    module, callback = make_module(), Recorder(evaluate_with="fast", consistency_weight=0, **settings)
+    initial = copy_of(weights.trainable(module))
+    fit(tmp_path, module, [callback], max_steps=-1, max_epochs=2, accumulate_grad_batches=accumulate)
     assert len(callback.fast) == steps  # one a step of the optimizer, not one a batch
     every = settings.get("update_every_n_steps", 1)
     points = callback.fast[every - 1 :: every]
     decay = settings.get("decay") or half_life_to_decay(settings["half_life"], steps // every)
     decays = [warmup_decay(decay, k + 1) if settings.get("warmup", True) else decay for k in range(len(points))]
-    _assert_same(callback.slow_weights(), _average_of(initial, points, decays), rtol=0, atol=1e-6)
+    assert_same(callback.slow_weights(), average_of(initial, points, decays), rtol=0, atol=1e-6)
 
 
 def test_should_update_can_be_overridden(tmp_path: Path) -> None:
@@ -128,43 +77,43 @@ def test_should_update_can_be_overridden(tmp_path: Path) -> None:
         def should_update(self, step_idx: int) -> bool:
             return False
 
-    module, callback = _module(), Never(evaluate_with="fast", consistency_weight=0)
-    initial = _copy(weights.trainable(module))
-    _fit(tmp_path, module, [callback])
-    _assert_same(callback.slow_weights(), initial)
+    module, callback = make_module(), Never(evaluate_with="fast", consistency_weight=0)
+    initial = copy_of(weights.trainable(module))
+    fit(tmp_path, module, [callback])
+    assert_same(callback.slow_weights(), initial)
 
 
 def test_warm_up_counts_over_tasks(tmp_path: Path) -> None:
-    module, callback = _module(), Recorder(decay=0.9, evaluate_with="fast", consistency_weight=0)
-    initial = _copy(weights.trainable(module))
+    module, callback = make_module(), Recorder(decay=0.9, evaluate_with="fast", consistency_weight=0)
+    initial = copy_of(weights.trainable(module))
     for seed in range(2):
-        _fit(tmp_path, module, [callback], models.loader(seed=seed))
+        fit(tmp_path, module, [callback], models.loader(seed=seed))
     decays = [warmup_decay(0.9, k) for k in range(1, 9)]
-    _assert_same(callback.slow_weights(), _average_of(initial, callback.fast, decays), rtol=0, atol=1e-6)
+    assert_same(callback.slow_weights(), average_of(initial, callback.fast, decays), rtol=0, atol=1e-6)
 
 
 def test_low_precision_weights_have_float32_averages_that_go_on_over_tasks(tmp_path: Path) -> None:
-    module = _module().to(torch.bfloat16)
+    module = make_module().to(torch.bfloat16)
     callback = Recorder(decay=0.9, warmup=False, consistency_weight=0)
-    initial = _copy(weights.trainable(module))
-    _fit(tmp_path, module, [callback], precision="bf16-true")
+    initial = copy_of(weights.trainable(module))
+    fit(tmp_path, module, [callback], precision="bf16-true")
     first = callback.slow_weights()
-    _assert_same(first, _average_of(initial, callback.fast, [0.9] * 4), rtol=0, atol=1e-6)
-    _fit(tmp_path, module, [callback], precision="bf16-true")
+    assert_same(first, average_of(initial, callback.fast, [0.9] * 4), rtol=0, atol=1e-6)
+    fit(tmp_path, module, [callback], precision="bf16-true")
     # The module holds the rounded average, and the average itself is not rounded.
-    _assert_same(callback.slow_weights(), _average_of(first, callback.fast[4:], [0.9] * 4), rtol=0, atol=1e-6)
+    assert_same(callback.slow_weights(), average_of(first, callback.fast[4:], [0.9] * 4), rtol=0, atol=1e-6)
 
 
 # ------------------------------------------------------------- consistency on memory rows
 
 
 def test_memory_is_filled_its_rows_have_gradient_and_the_slow_forward_is_exact(tmp_path: Path) -> None:
-    module, mixer = _module(), _mixer()
+    module, mixer = make_module(), make_mixer()
     callback = Recorder(half_life=0.5, consistency_weight=3.0, evaluate_with="fast", layers="all")
-    _fit(tmp_path, module, [mixer, callback], models.loader(seed=0))
+    fit(tmp_path, module, [mixer, callback], models.loader(seed=0))
     assert mixer.sources[0].available() == 16  # type: ignore[attr-defined]
     assert not callback.steps  # nothing to replay in the first task
-    _fit(tmp_path, module, [mixer, callback], models.loader(seed=1))
+    fit(tmp_path, module, [mixer, callback], models.loader(seed=1))
     assert len(callback.steps) == 4
     blocks = "model.base_model.model.model"
     for record in callback.steps:
@@ -196,12 +145,12 @@ def _output_of(module: pl.LightningModule, name: str, rows: dict[str, Tensor]) -
 def test_consistency_holds_the_fast_weights_near_the_slow_ones(tmp_path: Path) -> None:
     gaps = []
     for weight in (0.0, 10.0):
-        module = _module(lr=0.01)
+        module = make_module(lr=0.01)
         callback = LoRAInterpolator(decay=0.99, consistency_weight=weight, evaluate_with="fast")
-        mixer = _mixer()
+        mixer = make_mixer()
         for seed in range(2):
-            _fit(tmp_path, module, [mixer, callback], models.loader(seed=seed), max_steps=8, max_epochs=2)
-        fast, slow = _copy(weights.trainable(module)), callback.slow_weights()
+            fit(tmp_path, module, [mixer, callback], models.loader(seed=seed), max_steps=8, max_epochs=2)
+        fast, slow = copy_of(weights.trainable(module)), callback.slow_weights()
         gaps.append(sum(float((fast[n] - slow[n]).pow(2).sum()) for n in slow))
     assert gaps[1] < gaps[0]
 
@@ -213,23 +162,23 @@ def test_padding_changes_nothing(tmp_path: Path) -> None:
 
     results = []
     for collate in (models.collate, wide):
-        module, mixer = _module(), _mixer()
+        module, mixer = make_module(), make_mixer()
         callback = LoRAInterpolator(half_life=0.3, consistency_weight=5.0, layers="all", evaluate_with="fast")
         for seed in range(2):
             data = torch.utils.data.DataLoader(models.TokenRows(16, ragged=True, seed=seed), 4, collate_fn=collate)
-            _fit(tmp_path, module, [mixer, callback], data)
-        results.append((callback.slow_weights(), _copy(weights.trainable(module))))
-    _assert_same(results[1][0], results[0][0], rtol=1e-5, atol=1e-6)
-    _assert_same(results[1][1], results[0][1], rtol=1e-5, atol=1e-6)
+            fit(tmp_path, module, [mixer, callback], data)
+        results.append((callback.slow_weights(), copy_of(weights.trainable(module))))
+    assert_same(results[1][0], results[0][0], rtol=1e-5, atol=1e-6)
+    assert_same(results[1][1], results[0][1], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 1, 0)])
 def test_tasks_in_any_order(tmp_path: Path, order: tuple[int, ...]) -> None:
-    module, mixer, callback = _module(), _mixer(), LoRAInterpolator()
+    module, mixer, callback = make_module(), make_mixer(), LoRAInterpolator()
     for task in order:
-        trainer = _fit(tmp_path, module, [mixer, callback], models.loader(seed=task))
+        trainer = fit(tmp_path, module, [mixer, callback], models.loader(seed=task))
     assert "cl/consistency" in trainer.callback_metrics
-    _assert_same(_copy(weights.trainable(module)), callback.slow_weights())
+    assert_same(copy_of(weights.trainable(module)), callback.slow_weights())
     assert callback.task_index == 3
 
 
@@ -247,12 +196,12 @@ def test_manual_optimization(tmp_path: Path) -> None:
             self.manual_backward(self.model(**batch).loss)
             optimizer.step()
 
-    module, mixer = Manual(models.lora(models.tiny_llama())), _mixer()
+    module, mixer = Manual(models.lora(models.tiny_llama())), make_mixer()
     callback = Recorder(decay=0.5, warmup=False, evaluate_with="fast")
-    initial = _copy(weights.trainable(module))
+    initial = copy_of(weights.trainable(module))
     for seed in range(2):
-        _fit(tmp_path, module, [mixer, callback], models.loader(seed=seed))
-    _assert_same(callback.slow_weights(), _average_of(initial, callback.fast, [0.5] * 8), rtol=0, atol=1e-6)
+        fit(tmp_path, module, [mixer, callback], models.loader(seed=seed))
+    assert_same(callback.slow_weights(), average_of(initial, callback.fast, [0.5] * 8), rtol=0, atol=1e-6)
     assert len(callback.steps) == 4
 
 
@@ -260,304 +209,65 @@ def test_manual_optimization(tmp_path: Path) -> None:
 def test_compiled_network_runs_the_slow_forward(tmp_path: Path) -> None:
     results = []
     for compiled in (False, True):
-        module, mixer = _module(), _mixer()
+        module, mixer = make_module(), make_mixer()
         callback = LoRAInterpolator(half_life=0.5, consistency_weight=5.0, evaluate_with="fast")
         if compiled:
             module.model = torch.compile(module.model, backend="eager")
         for seed in range(2):
-            trainer = _fit(tmp_path, module, [mixer, callback], models.loader(seed=seed))
+            trainer = fit(tmp_path, module, [mixer, callback], models.loader(seed=seed))
         results.append((callback.slow_weights(), trainer.callback_metrics["cl/consistency"]))
-    _assert_same(results[1][0], results[0][0], rtol=1e-5, atol=1e-6)
+    assert_same(results[1][0], results[0][0], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(results[1][1], results[0][1], rtol=1e-3, atol=1e-8)
 
 
 # --------------------------------------------------------------- evaluation and the end
 
 
-class Watch(Callback):
-    """What the weights are while validation runs, and what they are to a callback that saves afterwards."""
-
-    def __init__(self, fail: bool = False) -> None:
-        self.during: list[Weights] = []
-        self.after: list[Weights] = []
-        self.fail = fail
-
-    def on_validation_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        self.during.append(_copy(weights.trainable(pl_module)))
-        if self.fail and not trainer.sanity_checking:
-            raise RuntimeError("broken metric")
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.after.append(_copy(weights.trainable(pl_module)))
-
-
 @pytest.mark.parametrize("evaluate_with", ["slow", "fast"])
 def test_validation_and_the_module_afterwards_have_the_set_that_was_asked_for(
     tmp_path: Path, evaluate_with: str
 ) -> None:
-    module, watch = _module(), Watch()
+    module, watch = make_module(), Watch()
     callback = Recorder(decay=0.5, warmup=False, evaluate_with=evaluate_with, consistency_weight=0)
-    initial = _copy(weights.trainable(module))
+    initial = copy_of(weights.trainable(module))
     settings = {"max_steps": -1, "max_epochs": 2, "num_sanity_val_steps": 1}
     trainer = models.trainer(tmp_path, callbacks=[callback, watch], **settings)
     trainer.fit(module, models.loader(), models.loader(rows=4, seed=9))
-    slow = [_average_of(initial, callback.fast[:n], [0.5] * n) for n in (0, 4, 8)]
+    slow = [average_of(initial, callback.fast[:n], [0.5] * n) for n in (0, 4, 8)]
     fast = [initial, callback.fast[3], callback.fast[7]]
     assert len(watch.during) == 3  # the check before training is one of them
     for during, wanted in zip(watch.during, slow if evaluate_with == "slow" else fast, strict=True):
-        _assert_same(during, wanted, rtol=0, atol=1e-6)
+        assert_same(during, wanted, rtol=0, atol=1e-6)
     for after, wanted in zip(watch.after, fast, strict=True):
-        _assert_same(after, wanted)
+        assert_same(after, wanted)
     wanted = callback.slow_weights() if evaluate_with == "slow" else callback.fast[-1]
-    _assert_same(_copy(weights.trainable(module)), wanted)
-    assert float(trainer.callback_metrics["val_loss"]) == pytest.approx(_loss(module), abs=1e-5)
-
-
-def _loss(module: models.PlainLM) -> float:
-    with torch.no_grad():
-        return float(module.model(**next(iter(models.loader(rows=4, seed=9)))).loss)
+    assert_same(copy_of(weights.trainable(module)), wanted)
+    assert float(trainer.callback_metrics["val_loss"]) == pytest.approx(loss_of(module), abs=1e-5)
 
 
 def test_exception_in_validation_restores_the_fast_weights(tmp_path: Path) -> None:
-    module = _module()
+    module = make_module()
     callback = Recorder(decay=0.9, consistency_weight=0)
     trainer = models.trainer(tmp_path, callbacks=[callback, Watch(fail=True)], max_steps=-1, max_epochs=2)
     with pytest.raises(RuntimeError, match="broken metric"):
         trainer.fit(module, models.loader(), models.loader(rows=4, seed=9))
-    _assert_same(_copy(weights.trainable(module)), callback.fast[-1])
+    assert_same(copy_of(weights.trainable(module)), callback.fast[-1])
     # The run can go on from there.
-    _fit(tmp_path, module, [callback])
+    fit(tmp_path, module, [callback])
     assert len(callback.fast) == 8
 
 
 def test_weights_changed_between_tasks_are_the_new_start(tmp_path: Path) -> None:
-    module, callback = _module(), LoRAInterpolator(decay=0.5, consistency_weight=0)
-    _fit(tmp_path, module, [callback])
+    module, callback = make_module(), LoRAInterpolator(decay=0.5, consistency_weight=0)
+    fit(tmp_path, module, [callback])
     with torch.no_grad():
         for parameter in weights.trainable(module).values():
             parameter.fill_(0.5)
     recorder = Recorder(decay=0.5, warmup=False, consistency_weight=0)
     recorder._average, recorder._clock = callback._average, callback._clock
-    changed = _copy(weights.trainable(module))
-    _fit(tmp_path, module, [recorder])
-    _assert_same(recorder.slow_weights(), _average_of(changed, recorder.fast, [0.5] * 4), rtol=0, atol=1e-6)
-
-
-# -------------------------------------------------------------------------- checkpoints
-
-
-class KillAfter(Callback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
-        if trainer.global_step == self.step:
-            raise KeyboardInterrupt
-
-
-def _resumable(seed: int) -> Any:
-    from torchdata.stateful_dataloader import StatefulDataLoader
-
-    return StatefulDataLoader(models.TokenRows(16, seed=seed), 4, collate_fn=models.collate)
-
-
-def _second_task(tmp_path: Path, name: str, kill: int | None = None, ckpt: str | None = None, **kwargs: Any) -> Any:
-    """Two tasks; the second one can be killed, or resumed from a checkpoint with everything built anew."""
-    module, mixer = _module(optimizer="adamw", lr=0.01), _mixer()
-    callback = LoRAInterpolator(half_life=0.3, consistency_weight=2.0, **kwargs)
-    settings = {"max_steps": -1, "max_epochs": 3, "accumulate_grad_batches": 2}
-    folder = tmp_path / name
-    if ckpt is None:
-        _fit(folder, module, [mixer, callback], _resumable(0), **settings)
-    saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
-    extra = [saver] if kill is None else [saver, KillAfter(kill)]
-    trainer = models.trainer(
-        folder, callbacks=[mixer, callback, *extra], enable_checkpointing=True, num_sanity_val_steps=1, **settings
-    )
-    try:
-        trainer.fit(module, _resumable(1), models.loader(rows=4, seed=9), ckpt_path=ckpt, weights_only=True)
-    except SystemExit:
-        assert kill is not None
-    return callback, module
-
-
-@pytest.mark.parametrize("kill", [1, 3, 5])
-def test_resume_gives_the_same_slow_weights_bit_for_bit(tmp_path: Path, kill: int) -> None:
-    unbroken, module = _second_task(tmp_path, "unbroken")
-    _second_task(tmp_path, "killed", kill=kill)
-    resumed, other = _second_task(tmp_path, "resumed", ckpt=str(tmp_path / "killed" / f"step={kill}.ckpt"))
-    _assert_same(resumed.slow_weights(), unbroken.slow_weights())
-    _assert_same(_copy(weights.trainable(other)), _copy(weights.trainable(module)))
-    assert resumed._average.updates == unbroken._average.updates
-
-
-def test_checkpoint_between_a_step_and_its_update_loses_nothing(tmp_path: Path) -> None:
-    class SaveFirst(Callback):
-        def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-            if trainer.global_step == 2:
-                trainer.save_checkpoint(tmp_path / "early.ckpt")
-
-    def run(ckpt: Path | None) -> Weights:
-        callback = LoRAInterpolator(decay=0.5, consistency_weight=0)
-        trainer = models.trainer(tmp_path, callbacks=[SaveFirst(), callback], max_steps=6, max_epochs=2)
-        trainer.fit(_module(), _resumable(0), ckpt_path=ckpt, weights_only=True if ckpt else None)
-        return callback.slow_weights()
-
-    unbroken = run(None)
-    _assert_same(run(tmp_path / "early.ckpt"), unbroken)
-
-
-def test_checkpoint_holds_both_sets_and_evaluates_the_one_that_was_asked_for(tmp_path: Path) -> None:
-    module = _module()
-    callback = Recorder(decay=0.9, consistency_weight=0)
-    saver = ModelCheckpoint(tmp_path, filename="mid", every_n_train_steps=2)
-    _fit(tmp_path, module, [callback, saver], enable_checkpointing=True, max_steps=3)
-    checkpoint = torch.load(tmp_path / "mid.ckpt", weights_only=True)
-    names = list(weights.trainable(module))
-    state = checkpoint["callbacks"]["Recorder"]
-    _assert_same({n: checkpoint["state_dict"][n] for n in names}, callback.fast[1])
-    assert list(state["slow"]) == names  # never the frozen base
-    assert state["evaluate_with"] == "slow"
-    fresh, other = _module(seed=0), Recorder(decay=0.9, consistency_weight=0)
-    watch = Watch()
-    trainer = models.trainer(tmp_path, callbacks=[other, watch])
-    trainer.validate(fresh, models.loader(rows=4, seed=9), ckpt_path=tmp_path / "mid.ckpt", weights_only=True)
-    _assert_same(watch.during[0], state["slow"])
-    _assert_same(_copy(weights.trainable(fresh)), callback.fast[1])
-    with torch.no_grad(), weights.swapped(fresh, state["slow"]):
-        assert float(trainer.callback_metrics["val_loss"]) == pytest.approx(_loss(fresh), abs=1e-5)
-    trainer.predict(Predicting(fresh.model), models.loader(rows=4), ckpt_path=tmp_path / "mid.ckpt", weights_only=True)
-
-
-class Predicting(models.PlainLM):
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return self.model(**batch).logits
-
-
-def test_a_checkpoint_written_inside_validation_holds_the_fast_weights(tmp_path: Path) -> None:
-    class SaveInside(Callback):
-        def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-            trainer.save_checkpoint(tmp_path / "inside.ckpt")
-
-    module, callback, watch = _module(), Recorder(decay=0.9, consistency_weight=0), Watch()
-    trainer = models.trainer(tmp_path, callbacks=[callback, SaveInside(), watch])
-    trainer.fit(module, models.loader(), models.loader(rows=8, seed=9))
-    state = torch.load(tmp_path / "inside.ckpt", weights_only=True)["state_dict"]
-    _assert_same({n: state[n] for n in callback.fast[-1]}, callback.fast[-1])
-    _assert_same(watch.during[1], callback.slow_weights())  # and validation goes on with the slow ones
-
-
-def test_a_checkpoint_from_before_the_callback_starts_a_new_average(tmp_path: Path) -> None:
-    saver = ModelCheckpoint(tmp_path, filename="plain", every_n_train_steps=4)
-    _fit(tmp_path, _module(), [saver], enable_checkpointing=True)
-    callback = Recorder(decay=0.5, warmup=False, consistency_weight=0, evaluate_with="fast")
-    module = _module()
-    trainer = models.trainer(tmp_path, callbacks=[callback], max_steps=8, max_epochs=2)
-    trainer.fit(module, models.loader(), ckpt_path=tmp_path / "plain.ckpt", weights_only=True)
-    saved = torch.load(tmp_path / "plain.ckpt", weights_only=True)["state_dict"]
-    initial = {n: saved[n] for n in weights.trainable(module)}
-    _assert_same(callback.slow_weights(), _average_of(initial, callback.fast, [0.5] * 4), rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("export", ["slow", "fast"])
-def test_export_writes_a_folder_that_peft_loads(tmp_path: Path, export: str) -> None:
-    from peft import PeftModel
-
-    module = _module()
-    callback = Recorder(decay=0.5, consistency_weight=0, export=export)
-    _fit(tmp_path, module, [callback])
-    loaded = PeftModel.from_pretrained(models.tiny_llama(), tmp_path / "adapters" / "task_0").eval()
-    wanted = callback.slow_weights() if export == "slow" else callback.fast[-1]
-    batch = next(iter(models.loader(rows=4, seed=9)))
-    module.eval()
-    with torch.no_grad(), weights.swapped(module, wanted):
-        expected = module.model(**batch).logits
-    with torch.no_grad():
-        torch.testing.assert_close(loaded(**batch).logits, expected)
-
-
-# -------------------------------------------------------------------- streams of tasks
-
-
-class StreamLM(models.PlainLM):
-    """One loader a task, as a stream gives them."""
-
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        self.log("test_loss", self.model(**batch).loss, batch_size=len(batch["input_ids"]))
-
-
-def _stream() -> Any:
-    from lightning_cl import Task, TaskStream
-
-    tasks = [
-        Task(f"t{i}", train=models.TokenRows(12, seed=i), val=models.TokenRows(4, seed=i + 10), metric="loss")
-        for i in range(2)
-    ]
-    return TaskStream(tasks, batch_size=4, collate_fn=models.collate, seed=0)
-
-
-def _streamed(folder: Path, callbacks: list[Callback], kill: int | None = None, **kwargs: Any) -> models.PlainLM:
-    from lightning_cl import fit_stream
-
-    module = StreamLM(models.lora(models.tiny_llama()), lr=0.01, optimizer="adamw")
-    extra = [] if kill is None else [KillInTask(1, kill)]
-    trainer = models.trainer(
-        folder,
-        callbacks=[*callbacks, *extra],
-        enable_checkpointing=True,
-        max_steps=-1,
-        max_epochs=2,
-        num_sanity_val_steps=0,
-    )
-    try:
-        fit_stream(trainer, module, _stream(), **kwargs)
-    except (SystemExit, KeyboardInterrupt):
-        assert kill is not None
-    return module
-
-
-class KillInTask(Callback):
-    def __init__(self, task: int, step: int) -> None:
-        self.task, self.step = task, step
-
-    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
-        if trainer.datamodule.current_index == self.task and trainer.global_step == self.step:
-            raise KeyboardInterrupt
-
-
-def test_a_stream_resumed_in_the_middle_of_an_epoch_ends_bit_for_bit(tmp_path: Path) -> None:
-    def callbacks() -> list[Callback]:
-        return [
-            _mixer(),
-            LoRAInterpolator(half_life=0.3, consistency_weight=2.0),
-            ModelCheckpoint(every_n_train_steps=1, save_top_k=-1, filename="{step}"),
-        ]
-
-    unbroken, resumed = callbacks(), callbacks()
-    module = _streamed(tmp_path / "a", unbroken)
-    _streamed(tmp_path / "b", callbacks(), kill=4)
-    other = _streamed(tmp_path / "b", resumed, ckpt_path="last")
-    _assert_same(_copy(weights.trainable(other)), _copy(weights.trainable(module)))
-    _assert_same(resumed[1].slow_weights(), unbroken[1].slow_weights())  # type: ignore[attr-defined]
-
-
-def test_the_best_weights_of_a_task_are_the_set_that_was_evaluated(tmp_path: Path) -> None:
-    class Take(Recorder):
-        """What the module holds when each task has ended, and what its best checkpoint holds."""
-
-        ended: list[tuple[Weights, Weights]]
-
-        def on_task_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-            super().on_task_end(trainer, pl_module)
-            best = torch.load(trainer.datamodule.best_loaded, weights_only=True)
-            self.ended.append((_copy(weights.trainable(pl_module)), best["callbacks"][self.state_key]["slow"]))
-
-    callback = Take(half_life=0.3, consistency_weight=0)
-    callback.ended = []
-    saver = ModelCheckpoint(monitor="val_loss", mode="max")  # not the last one, which has learnt the most
-    _streamed(tmp_path, [callback, saver], task_end_weights="best")
-    for held, best in callback.ended:
-        _assert_same(held, best)
+    changed = copy_of(weights.trainable(module))
+    fit(tmp_path, module, [recorder])
+    assert_same(recorder.slow_weights(), average_of(changed, recorder.fast, [0.5] * 4), rtol=0, atol=1e-6)
 
 
 # ------------------------------------------------------------------- which parameters
@@ -567,25 +277,25 @@ def test_all_that_trains_beside_the_adapters_is_averaged_and_the_base_is_not(tmp
     network = models.lora(models.tiny_llama(), modules_to_save=["lm_head"])
     callback = LoRAInterpolator(consistency_weight=0)
     module = models.PlainLM(network)
-    _fit(tmp_path, module, [callback])
+    fit(tmp_path, module, [callback])
     slow = callback.slow_weights()
     assert set(slow) == set(weights.trainable(module))
     assert sum("modules_to_save" in n for n in slow) == 1
     lora_alone = LoRAInterpolator(consistency_weight=0, parameters="lora")
-    _fit(tmp_path, module, [lora_alone])
+    fit(tmp_path, module, [lora_alone])
     assert set(lora_alone.slow_weights()) == {n for n in slow if "lora_" in n}
 
 
 def test_patterns_and_full_training(tmp_path: Path) -> None:
     module = models.PlainLM(models.tiny_llama(tie_word_embeddings=True))
     callback = LoRAInterpolator(consistency_weight=0, parameters="*.mlp.*")
-    _fit(tmp_path, module, [callback])
+    fit(tmp_path, module, [callback])
     assert set(callback.slow_weights()) == {n for n, _ in module.named_parameters() if ".mlp." in n}
     everything = Recorder(consistency_weight=0, parameters="trainable", decay=0.5, warmup=False, evaluate_with="fast")
-    initial = _copy(weights.trainable(module))
-    _fit(tmp_path, module, [everything])
+    initial = copy_of(weights.trainable(module))
+    fit(tmp_path, module, [everything])
     assert "model.lm_head.weight" not in initial  # tied to the embedding: one average for both
-    _assert_same(everything.slow_weights(), _average_of(initial, everything.fast, [0.5] * 4), rtol=0, atol=1e-6)
+    assert_same(everything.slow_weights(), average_of(initial, everything.fast, [0.5] * 4), rtol=0, atol=1e-6)
 
 
 def test_parameters_that_train_later_join_with_an_average_of_their_own(tmp_path: Path) -> None:
@@ -596,49 +306,49 @@ def test_parameters_that_train_later_join_with_an_average_of_their_own(tmp_path:
                 norm.requires_grad_(True)
                 trainer.optimizers[0].add_param_group({"params": [norm.weight]})
 
-    module = _module()
+    module = make_module()
     callback = Recorder(decay=0.9, consistency_weight=0, evaluate_with="fast")
     name = "model.base_model.model.model.norm.weight"
     start = {name: module.get_parameter(name).detach().clone()}
-    _fit(tmp_path, module, [Unfreeze(), callback], max_steps=-1, max_epochs=2)
+    fit(tmp_path, module, [Unfreeze(), callback], max_steps=-1, max_epochs=2)
     assert callback._average.updates[name] == 4
     assert {count for n, count in callback._average.updates.items() if n != name} == {8}
     points = [{name: fast[name]} for fast in callback.fast[4:]]
-    expected = _average_of(start, points, [warmup_decay(0.9, k) for k in range(1, 5)])
-    _assert_same({name: callback.slow_weights()[name]}, expected, rtol=0, atol=1e-6)
+    expected = average_of(start, points, [warmup_decay(0.9, k) for k in range(1, 5)])
+    assert_same({name: callback.slow_weights()[name]}, expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("evaluate_with", ["slow", "fast"])
 def test_each_adapter_has_an_average_of_its_own(tmp_path: Path, evaluate_with: str) -> None:
     from peft import LoraConfig
 
-    module, callback = _module(), Recorder(decay=0.9, consistency_weight=0, evaluate_with=evaluate_with)
-    _fit(tmp_path, module, [callback])
+    module, callback = make_module(), Recorder(decay=0.9, consistency_weight=0, evaluate_with=evaluate_with)
+    fit(tmp_path, module, [callback])
     first = callback.slow_weights()
     module.model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"]))
     module.model.set_adapter("second")
-    initial = _copy(weights.trainable(module))
-    _fit(tmp_path, module, [callback])
+    initial = copy_of(weights.trainable(module))
+    fit(tmp_path, module, [callback])
     slow = callback.slow_weights()
-    expected = _average_of(initial, callback.fast[4:], [warmup_decay(0.9, k) for k in range(1, 5)])
-    _assert_same({n: slow[n] for n in initial}, expected, rtol=0, atol=1e-6)
+    expected = average_of(initial, callback.fast[4:], [warmup_decay(0.9, k) for k in range(1, 5)])
+    assert_same({n: slow[n] for n in initial}, expected, rtol=0, atol=1e-6)
     if evaluate_with == "fast":
-        _assert_same({n: slow[n] for n in first}, first)  # kept for the day when that adapter trains again
+        assert_same({n: slow[n] for n in first}, first)  # kept for the day when that adapter trains again
     else:
         assert set(slow) == set(initial)  # the first adapter itself holds its average
-        _assert_same({n: module.get_parameter(n).detach() for n in first}, first)
+        assert_same({n: module.get_parameter(n).detach() for n in first}, first)
 
 
 def test_a_changed_shape_is_refused_by_name(tmp_path: Path) -> None:
     callback = LoRAInterpolator(consistency_weight=0, evaluate_with="fast")
-    _fit(tmp_path, _module(), [callback])
+    fit(tmp_path, make_module(), [callback])
     other = models.PlainLM(models.lora(models.tiny_llama(), r=2))
     with pytest.raises(
         MisconfigurationException, match=r"slow weights of 'model.*lora_A.*shape \(4, 32\).*\(2, 32\) now"
     ):
-        _fit(tmp_path, other, [callback])
+        fit(tmp_path, other, [callback])
     callback.reset()
-    _fit(tmp_path, other, [callback])
+    fit(tmp_path, other, [callback])
 
 
 def test_four_bit_base(tmp_path: Path) -> None:
@@ -651,13 +361,13 @@ def test_four_bit_base(tmp_path: Path) -> None:
             layer.load_state_dict(plain.state_dict())
             setattr(block.self_attn, name, layer.to("cpu"))
     network.requires_grad_(False)
-    module, mixer = models.PlainLM(models.lora(network), lr=0.1), _mixer()
+    module, mixer = models.PlainLM(models.lora(network), lr=0.1), make_mixer()
     callback = Recorder(decay=0.5, warmup=False, evaluate_with="fast")
-    initial = _copy(weights.trainable(module))
+    initial = copy_of(weights.trainable(module))
     assert all("lora_" in n for n in initial)
     for seed in range(2):
-        _fit(tmp_path, module, [mixer, callback], models.loader(seed=seed))
-    _assert_same(callback.slow_weights(), _average_of(initial, callback.fast, [0.5] * 8), rtol=0, atol=1e-6)
+        fit(tmp_path, module, [mixer, callback], models.loader(seed=seed))
+    assert_same(callback.slow_weights(), average_of(initial, callback.fast, [0.5] * 8), rtol=0, atol=1e-6)
     assert len(callback.steps) == 4
 
 
@@ -669,21 +379,21 @@ def test_a_decay_that_hardly_sees_the_task_warns(tmp_path: Path) -> None:
     with pytest.warns(
         UserWarning, match=r"decay=0.999.*after the 4 updates.*keep 100% of the weights of before.*0% of"
     ):
-        _fit(tmp_path, _module(), [slow])
+        fit(tmp_path, make_module(), [slow])
     with pytest.warns(UserWarning, match=r"half_life=3.*keep 79% of the weights of before"):
-        _fit(tmp_path, _module(), [LoRAInterpolator(half_life=3, warmup=False, consistency_weight=0)])
+        fit(tmp_path, make_module(), [LoRAInterpolator(half_life=3, warmup=False, consistency_weight=0)])
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*of the weights of before")
-        _fit(tmp_path, _module(), [LoRAInterpolator(consistency_weight=0)], max_steps=12, max_epochs=3)
+        fit(tmp_path, make_module(), [LoRAInterpolator(consistency_weight=0)], max_steps=12, max_epochs=3)
 
 
 def test_without_replay_rows_it_averages_alone_and_says_so_once(tmp_path: Path) -> None:
-    callback, module = LoRAInterpolator(), _module()
+    callback, module = LoRAInterpolator(), make_module()
     with pytest.warns(UserWarning, match="has no replay rows.*only averages.*ReplayMixer"):
-        _fit(tmp_path, module, [callback])
+        fit(tmp_path, module, [callback])
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*has no replay rows")
-        _fit(tmp_path, module, [callback])
+        fit(tmp_path, module, [callback])
     assert set(callback._average.updates.values()) == {8}
 
 
@@ -715,19 +425,19 @@ def test_bad_models_are_named(tmp_path: Path) -> None:
     with pytest.raises(
         MisconfigurationException, match=r"found no PEFT adapter layer in `PlainLM`.*parameters=\"trainable\""
     ):
-        _fit(tmp_path, plain, [LoRAInterpolator()])
+        fit(tmp_path, plain, [LoRAInterpolator()])
     with pytest.raises(
         MisconfigurationException, match=r"parameters='\*.nope'\)` fits none of the 8 trained parameters"
     ):
-        _fit(tmp_path, _module(), [LoRAInterpolator(parameters="*.nope")])
+        fit(tmp_path, make_module(), [LoRAInterpolator(parameters="*.nope")])
     with pytest.raises(MisconfigurationException, match=r"names block 7, and the model has 2"):
-        _fit(tmp_path, _module(), [_mixer(), LoRAInterpolator(layers=[0, 7])])
+        fit(tmp_path, make_module(), [make_mixer(), LoRAInterpolator(layers=[0, 7])])
     with pytest.raises(MisconfigurationException, match=r"No submodule is called 'norms'"):
-        _fit(tmp_path, _module(), [_mixer(), LoRAInterpolator(layers=["norms"])])
+        fit(tmp_path, make_module(), [make_mixer(), LoRAInterpolator(layers=["norms"])])
     with pytest.raises(
         MisconfigurationException, match=r"export='slow'\)` writes PEFT adapter folders.*no `PeftModel`"
     ):
-        _fit(tmp_path, plain, [LoRAInterpolator(parameters="trainable", consistency_weight=0, export="slow")])
+        fit(tmp_path, plain, [LoRAInterpolator(parameters="trainable", consistency_weight=0, export="slow")])
 
 
 def test_a_task_of_unknown_length_is_named(tmp_path: Path) -> None:
@@ -737,20 +447,8 @@ def test_a_task_of_unknown_length_is_named(tmp_path: Path) -> None:
 
     data = torch.utils.data.DataLoader(Stream(), 4, collate_fn=models.collate)
     with pytest.raises(MisconfigurationException, match=r"half_life=0.1\)` is a fraction.*unknown.*Set `decay`"):
-        _fit(tmp_path, _module(), [LoRAInterpolator(consistency_weight=0)], data, max_steps=-1, max_epochs=1)
-    _fit(tmp_path, _module(), [LoRAInterpolator(consistency_weight=0, decay=0.5)], data, max_steps=-1, max_epochs=1)
-
-
-def test_a_checkpoint_of_another_model_is_named(tmp_path: Path) -> None:
-    saver = ModelCheckpoint(tmp_path, filename="mid", every_n_train_steps=2)
-    _fit(tmp_path, _module(), [LoRAInterpolator(consistency_weight=0), saver], enable_checkpointing=True, max_steps=3)
-    bare = models.PlainLM(models.tiny_llama())
-    bare.strict_loading = False
-    trainer = models.trainer(tmp_path, callbacks=[LoRAInterpolator(consistency_weight=0)])
-    with pytest.raises(
-        MisconfigurationException, match=r"holds slow weights of .* and 7 more, which `PlainLM` does not have"
-    ):
-        trainer.validate(bare, models.loader(rows=4), ckpt_path=tmp_path / "mid.ckpt", weights_only=True)
+        fit(tmp_path, make_module(), [LoRAInterpolator(consistency_weight=0)], data, max_steps=-1, max_epochs=1)
+    fit(tmp_path, make_module(), [LoRAInterpolator(consistency_weight=0, decay=0.5)], data, max_steps=-1, max_epochs=1)
 
 
 @pytest.mark.parametrize("layers", ["last", "all", [0, "model.norm"], [-1]])
@@ -777,7 +475,7 @@ def test_the_cards_snippet_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest
     scope: dict[str, Any] = {"__name__": "card"}
     exec(compile(text.split("```python\n")[1].split("```")[0], "card", "exec"), scope)
     assert "cl/consistency" in scope["trainer"].callback_metrics
-    _assert_same(_copy(weights.trainable(scope["model"])), scope["average"].slow_weights())
+    assert_same(copy_of(weights.trainable(scope["model"])), scope["average"].slow_weights())
 
 
 def test_the_fragment_is_read(tmp_path: Path) -> None:
@@ -790,9 +488,9 @@ def test_the_fragment_is_read(tmp_path: Path) -> None:
     config = parser.parse_object({"callbacks": entries})
     mixer, callback = parser.instantiate_classes(config).callbacks
     assert isinstance(mixer.sources[0], EpisodicMemory)
-    module = _module()
+    module = make_module()
     for seed in range(2):
-        trainer = _fit(tmp_path, module, [mixer, callback], models.loader(seed=seed))
+        trainer = fit(tmp_path, module, [mixer, callback], models.loader(seed=seed))
     assert "cl/consistency" in trainer.callback_metrics
 
 
