@@ -5,7 +5,7 @@ import importlib
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any, Optional
 
 import yaml
 from lightning.fabric.utilities.cloud_io import get_filesystem
@@ -80,9 +80,9 @@ class ContinualCLI(LightningCLI):
 
     def __init__(
         self,
-        model_class: Optional[Any] = None,
-        datamodule_class: Optional[Any] = None,
-        save_config_callback: Optional[type[SaveConfigCallback]] = NumberedSaveConfig,
+        model_class: Any | None = None,
+        datamodule_class: Any | None = None,
+        save_config_callback: type[SaveConfigCallback] | None = NumberedSaveConfig,
         **kwargs: Any,
     ) -> None:
         #: The task matrix of a stream's fit.
@@ -103,7 +103,7 @@ class ContinualCLI(LightningCLI):
             parser.add_argument(
                 "--continue_from",
                 "--continue-from",
-                type=Optional[str],
+                type=Optional[str],  # noqa: UP045
                 default=None,
                 help="Folder of an earlier run of this stream; goes on from its furthest whole checkpoint.",
             )
@@ -137,8 +137,8 @@ class ContinualCLI(LightningCLI):
     def fit(
         self,
         model: LightningModule,
-        datamodule: Optional[LightningDataModule] = None,
-        ckpt_path: Optional[Union[str, Path]] = None,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | Path | None = None,
         **kwargs: Any,
     ) -> None:
         """Run the stream, or ``trainer.fit`` where the data is none."""
@@ -163,14 +163,14 @@ class ContinualCLI(LightningCLI):
         )
 
 
-def fragment_problem(args: list[str]) -> Optional[str]:
+def fragment_problem(args: list[str]) -> str | None:
     """What is wrong with the order of ``--config`` files and ``--trainer.callbacks`` options, or None.
 
     Example:
         >>> fragment_problem(["fit", "--trainer.max_epochs=1"]) is None
         True
     """
-    appended_by: Optional[str] = None
+    appended_by: str | None = None
     seen: dict[Path, str] = {}
     for option, value in _options(args):
         sets = appends = False
@@ -178,9 +178,7 @@ def fragment_problem(args: list[str]) -> Optional[str]:
             path = Path(value)
             if path.is_file():
                 if path.resolve() in seen:
-                    return (
-                        f"the configuration {value} is given twice, so its callbacks would run twice. Give it once."
-                    )
+                    return f"the configuration {value} is given twice, so its callbacks would run twice. Give it once."
                 seen[path.resolve()] = value
             content = _content(path)
             for part in (content, *(content.get(name) for name in ("fit", "validate", "test", "predict"))):
@@ -202,7 +200,7 @@ def fragment_problem(args: list[str]) -> Optional[str]:
     return None
 
 
-def double_callback(config: Any) -> Optional[str]:
+def double_callback(config: Any) -> str | None:
     """The first of this package's callbacks that a parsed configuration holds twice, in words, or None.
 
     Two of one class with different arguments (two ReplayMixers with sources of their own) are two callbacks.
@@ -240,7 +238,7 @@ def _content(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _checkpoint_of(folder: Path, key: str, ckpt_path: Optional[Union[str, Path]]) -> Path:
+def _checkpoint_of(folder: Path, key: str, ckpt_path: str | Path | None) -> Path:
     if ckpt_path is not None:
         raise MisconfigurationException(
             f"`--continue-from {folder}` and `--ckpt_path {ckpt_path}` both say where to begin. Give one of them."
@@ -252,13 +250,13 @@ def _checkpoint_of(folder: Path, key: str, ckpt_path: Optional[Union[str, Path]]
     path = find_last_in(folder, key)
     if path is None:
         raise MisconfigurationException(
-            f"`--continue-from {folder}`: the folder holds no whole checkpoint of a stream of tasks. Give the folder of a run,"
-            " which holds `task_0_...`, or leave the option out to start anew."
+            f"`--continue-from {folder}`: the folder holds no whole checkpoint of a stream of tasks. Give the folder of a"
+            " run, which holds `task_0_...`, or leave the option out to start anew."
         )
     return path
 
 
-def main(argv: Optional[list[str]] = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """The console script ``lightning-cl``.
 
     Args:

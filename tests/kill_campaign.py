@@ -3,7 +3,7 @@
 
     python tests/kill_campaign.py                 # 20 kills of a 4-task stream with every callback
     python tests/kill_campaign.py --kills 3 --setup plain
-    python tests/kill_campaign.py --points 1.5 0.8 2.25   # seconds after each start at which to kill
+    python tests/kill_campaign.py --points 40 7 131   # after how many hooks of each process to kill it
 
 Prints the moment of each kill, where the run stood, and what differs in the end: nothing, bit for bit, or the campaign
 fails with exit status 1.
@@ -121,19 +121,28 @@ class _Position:
     def __new__(cls, folder: Path) -> Any:
         import lightning.pytorch as pl
 
+        count = 0
+
         class Position(pl.Callback):
             def __getattribute__(self, name: str) -> Any:
                 if name.startswith("on_") or name in ("setup", "teardown"):
 
                     def note(trainer: Any, *args: Any, **kwargs: Any) -> None:
-                        stream = trainer.datamodule
-                        text = f"task {stream.current_index}, step {trainer.global_step}, {trainer.state.fn.value}: {name}"
-                        (folder / "position.txt").write_text(text)
+                        nonlocal count
+                        count += 1
+                        task, step = trainer.datamodule.current_index, trainer.global_step
+                        where = f"task {task}, step {step}, {trainer.state.fn.value}: {name}"
+                        (folder / "position.txt").write_text(f"{count} {where}")
 
                     return note
                 return super().__getattribute__(name)
 
         return Position()
+
+
+def _finish(process: subprocess.Popen[bytes], folder: Path) -> None:
+    if process.wait() != 0:
+        raise SystemExit(f"the run failed:\n{(folder / 'log.txt').read_text()[-3000:]}")
 
 
 def compare(path: str, ours: Any, theirs: Any) -> list[str]:
@@ -143,7 +152,9 @@ def compare(path: str, ours: Any, theirs: Any) -> list[str]:
     if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
         if ours.keys() != theirs.keys():
             return [f"{path} (keys {sorted(map(str, ours.keys() ^ theirs.keys()))})"]
-        return [found for key in ours for found in compare(f"{path}.{key}", ours[key], theirs[key])]
+        # How long something took is the clock's, not the run's.
+        keys = [key for key in ours if not str(key).endswith("_seconds")]
+        return [found for key in keys for found in compare(f"{path}.{key}", ours[key], theirs[key])]
     if isinstance(ours, (list, tuple)) and isinstance(theirs, (list, tuple)):
         if len(ours) != len(theirs):
             return [f"{path} (length {len(ours)} and {len(theirs)})"]
@@ -164,44 +175,46 @@ def start(folder: Path, setup: str, ckpt_path: str | None) -> subprocess.Popen[b
         return subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT)
 
 
-def _first_hook(process: subprocess.Popen[bytes], position: Path) -> None:
-    """Wait for it: before, a kill only tests Python's own start."""
-    position.unlink(missing_ok=True)
-    while process.poll() is None and not position.is_file():
-        time.sleep(0.002)
+def hooks_run(folder: Path) -> tuple[int, str]:
+    """How many hooks the worker has run, and where it stands."""
+    try:
+        count, where = (folder / "position.txt").read_text().split(" ", 1)
+        return int(count), where
+    except (OSError, ValueError):  # not there yet, or just being written
+        return 0, "the start"
 
 
-def campaign(setup: str, kills: int, points: list[float], seed: int, folder: Path) -> int:
+def campaign(setup: str, kills: int, points: list[int], seed: int, folder: Path) -> int:
     """Run it; returns how many things differ."""
-    whole = start(folder / "whole", setup, None)
-    _first_hook(whole, folder / "whole" / "position.txt")
-    begun = time.monotonic()
-    if whole.wait() != 0:
-        raise SystemExit(f"the unbroken run failed:\n{(folder / 'whole' / 'log.txt').read_text()[-3000:]}")
+    whole, killed = folder / "whole", folder / "killed"
+    _finish(start(whole, setup, None), whole)
     # So that the kills spread over the run: each process gets a few of as many parts as there are kills.
-    reach = 3.0 * (time.monotonic() - begun) / max(3, len(points) or kills)
-    position = folder / "killed" / "position.txt"
+    reach = 2 * hooks_run(whole)[0] // max(2, len(points) or kills)
     chance = random.Random(seed)
     done = 0
-    while not (folder / "killed" / "end.pt").is_file():
-        process = start(folder / "killed", setup, "last" if done else None)
+    while not (killed / "end.pt").is_file():
+        (killed / "position.txt").unlink(missing_ok=True)
+        process = start(killed, setup, "last" if done else None)
         if done >= (len(points) or kills):
-            status = process.wait()
-            if status != 0:
-                raise SystemExit(f"the resumed run failed:\n{(folder / 'killed' / 'log.txt').read_text()[-3000:]}")
+            _finish(process, killed)
             break
-        _first_hook(process, position)
-        moment = points[done] if points else chance.uniform(0.0, reach)
-        try:
-            status = process.wait(timeout=moment)
-            if status != 0:
-                raise SystemExit(f"the resumed run failed:\n{(folder / 'killed' / 'log.txt').read_text()[-3000:]}")
-        except subprocess.TimeoutExpired:
+        point = points[done] if points else chance.randint(1, max(1, reach))
+        where = "the start"
+        while process.poll() is None:
+            count, now = hooks_run(killed)
+            where = now if count else where
+            if count >= point:
+                break
+            time.sleep(0.001)
+        # Not only where a hook begins: in steps, while files are written, and between.
+        time.sleep(chance.uniform(0.0, 0.02))
+        if process.poll() is None:
             process.send_signal(signal.SIGKILL)
             process.wait()
-        done += 1
-        where = position.read_text() if position.is_file() else "the start"
-        print(f"kill {done:2d}, {moment:5.2f} s after the first hook, at {where}", flush=True)
+            done += 1
+            print(f"kill {done:2d}, after {point} hooks, at {where}", flush=True)
+        else:
+            _finish(process, killed)
     ends = [torch.load(folder / name / "end.pt", weights_only=False) for name in ("whole", "killed")]
     different = compare("end", ends[0], ends[1])
     for place in different[:20]:
@@ -216,7 +229,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--setup", choices=SETUPS, default="callbacks")
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--points", type=float, nargs="*", default=[], help="seconds after each start's first hook")
+    parser.add_argument(
+        "--points", type=int, nargs="*", default=[], help="after how many hooks of each process to kill it"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="keep the runs' files here")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)

@@ -96,7 +96,9 @@ class Net(pl.LightningModule):
         if not self.scheduled:
             return optimizer
         steps = self.trainer.estimated_stepping_batches
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 / (1.0 + step / min(steps, 1000)))
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: 1.0 / (1.0 + step / (steps if 0 < steps < 1000 else 50))
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 

@@ -149,7 +149,10 @@ def test_a_callback_given_twice_is_refused(tmp_path: Path, capsys: pytest.Captur
     assert "the callback `ContinualCallback` is given 2 times" in capsys.readouterr().err
     # Two of one class with different arguments are two callbacks.
     mixer = "lightning_cl.callbacks.ReplayMixer"
-    several = {"subcommand": None, "trainer.callbacks": [{"class_path": mixer, "init_args": {"ratio": r}} for r in (0.1, 0.2)]}
+    several = {
+        "subcommand": None,
+        "trainer.callbacks": [{"class_path": mixer, "init_args": {"ratio": r}} for r in (0.1, 0.2)],
+    }
     assert double_callback(several) is None
 
 
@@ -181,7 +184,10 @@ def test_continue_from_says_what_is_wrong_with_the_folder(tmp_path: Path) -> Non
 
 
 def test_a_saved_configuration_lets_a_resume_pass(tmp_path: Path) -> None:
-    logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(tmp_path), "version": 0}}
+    logger = {
+        "class_path": "lightning.pytorch.loggers.CSVLogger",
+        "init_args": {"save_dir": str(tmp_path), "version": 0},
+    }
     base = config(tmp_path, logger=logger)
     folder = tmp_path / "lightning_logs" / "version_0"
     run("fit", "--config", base)

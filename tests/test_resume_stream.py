@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import shutil
 from pathlib import Path
@@ -215,7 +216,9 @@ class _KillAt(pl.Callback):
             raise Killed
 
 
-def _of_ranks(rank: int, folder: Path, devices: int, batch_size: int, ckpt: Any, steps: int, out: str, streams: bool) -> None:
+def _of_ranks(
+    rank: int, folder: Path, devices: int, batch_size: int, ckpt: Any, steps: int, out: str, streams: bool
+) -> None:
     torch.manual_seed(1)
     module = _Quiet()
     checkpoint = ModelCheckpoint(save_top_k=-1, every_n_train_steps=1, filename="s{step}")
@@ -223,11 +226,11 @@ def _of_ranks(rank: int, folder: Path, devices: int, batch_size: int, ckpt: Any,
     kill = [_KillAt(steps)] if steps else []
     loop = trainer(folder, callbacks=[checkpoint, *kill], max_epochs=3, use_distributed_sampler=True, **kwargs)
     data = stream(count=1, rows=21, batch_size=batch_size, streams=streams)
-    try:
+    with contextlib.suppress(Killed):
         fit_stream(loop, module, data, ckpt_path=ckpt)
-    except Killed:
-        pass
-    spawn.save(folder / out, rank, {"weights": weights(module), "seen": [row for x in module.seen for row in x.tolist()]})
+    spawn.save(
+        folder / out, rank, {"weights": weights(module), "seen": [row for x in module.seen for row in x.tolist()]}
+    )
 
 
 class _Quiet(Scored):

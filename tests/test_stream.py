@@ -60,9 +60,7 @@ def test_a_loader_begun_at_a_position_gives_what_was_left(size: Any, streams: bo
     source = Stream(Numbers(0, rows)) if streams else Numbers(0, rows)
 
     def loader(rank: int, world: int, batch_size: int, position: Any = None) -> TaskLoader:
-        return TaskLoader(
-            source, batch_size, list, not streams, seed=5, rank=rank, world_size=world, position=position
-        )
+        return TaskLoader(source, batch_size, list, not streams, seed=5, rank=rank, world_size=world, position=position)
 
     whole = [list(loader(rank, world, batch_size)) for rank in range(world)]
     done = data.draw(st.integers(0, len(whole[0])))
@@ -232,9 +230,7 @@ def test_a_task_can_end_with_its_best_weights(tmp_path: Path) -> None:
 
     # So large a rate that the last weights are not the best.
     run = trainer(tmp_path, max_epochs=4, callbacks=[Watch(), best])
-    matrix = fit_stream(
-        run, Net(lr=1.0), TaskStream(_named(), batch_size=4, seed=3), task_end_weights="best"
-    )
+    matrix = fit_stream(run, Net(lr=1.0), TaskStream(_named(), batch_size=4, seed=3), task_end_weights="best")
     assert ends == [True, True]
     assert matrix.score(1, "t1") is not None
 

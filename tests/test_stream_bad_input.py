@@ -51,7 +51,9 @@ def test_streams_that_cannot_be(arguments: dict[str, Any], message: str) -> None
 
 
 def test_an_unknown_task_name() -> None:
-    with pytest.raises(MisconfigurationException, match="No task is named 't9'. The stream's tasks are 't0', 't1', 't2'"):
+    with pytest.raises(
+        MisconfigurationException, match=r"No task is named 't9'. The stream's tasks are 't0', 't1', 't2'"
+    ):
         stream().task("t9")
 
 
@@ -60,7 +62,10 @@ def test_an_unknown_task_name() -> None:
     [
         (["not json"], r"Task 'a', `train`: .*rows.jsonl, line 1: not JSON .*found 'not json'"),
         ([json.dumps({"question": "x"})], r"rows.jsonl, line 1: found the keys \['question'\], but a row needs"),
-        ([json.dumps({"prompt": "x", "answer": "c", "options": ["a", "b"]})], "the answer 'c' is not among the options"),
+        (
+            [json.dumps({"prompt": "x", "answer": "c", "options": ["a", "b"]})],
+            "the answer 'c' is not among the options",
+        ),
         ([], "no rows"),
     ],
 )
@@ -77,20 +82,20 @@ def test_files_that_cannot_be_learnt_from(tmp_path: Path, lines: list[str], mess
 
 def test_empty_sources(tmp_path: Path) -> None:
     for source in ([], Numbers(0, 0)):
-        with pytest.raises(MisconfigurationException, match="Task 'a'.*`train`.*no rows|Task 'a' has no `train` rows"):
+        with pytest.raises(MisconfigurationException, match=r"Task 'a'.*`train`.*no rows|Task 'a' has no `train` rows"):
             fit_stream(trainer(tmp_path), Net(), TaskStream([Task("a", train=source)], batch_size=1))
 
 
 def test_rows_that_the_tasks_metric_cannot_score(tmp_path: Path) -> None:
     rows = [{"prompt": "1+1=", "answer": "2"}]
     data = TaskStream([Task("a", train=rows, test=rows, metric="accuracy")], batch_size=1)
-    with pytest.raises(MisconfigurationException, match="Task 'a', `test`: .*'accuracy' needs"):
+    with pytest.raises(MisconfigurationException, match=r"Task 'a', `test`: .*'accuracy' needs"):
         fit_stream(trainer(tmp_path), Net(), data)
 
 
 def test_text_without_a_tokenizer(tmp_path: Path) -> None:
     data = TaskStream([Task("a", train=[{"text": "some words"}])], batch_size=1)
-    with pytest.raises(MisconfigurationException, match="no tokenizer: `tokenizer` is None"):
+    with pytest.raises(MisconfigurationException, match=r"no tokenizer: `tokenizer` is None"):
         fit_stream(trainer(tmp_path), Net(), data)
 
 
@@ -98,26 +103,28 @@ def test_a_metric_that_nothing_logs(tmp_path: Path) -> None:
     named = [Task(t.name, t.train, t.val, t.test, metric="bleu") for t in tasks(2)]
     module = Net()
     before = weights(module)
-    with pytest.raises(MisconfigurationException, match="No score for task 't0'.*nothing logs 'bleu' .*logged: acc, loss"):
+    with pytest.raises(
+        MisconfigurationException, match=r"No score for task 't0'.*nothing logs 'bleu' .*logged: acc, loss"
+    ):
         fit_stream(trainer(tmp_path), module, TaskStream(named, batch_size=4))
     assert torch.equal(before, weights(module))
 
 
 def test_arguments_of_fit_stream(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="needs a `TaskStream`, found `list`"):
+    with pytest.raises(TypeError, match=r"needs a `TaskStream`, found `list`"):
         fit_stream(trainer(tmp_path), Net(), [])  # type: ignore[arg-type]
-    with pytest.raises(MisconfigurationException, match="`task_end_weights='first'`: use 'last' or 'best'"):
+    with pytest.raises(MisconfigurationException, match=r"`task_end_weights='first'`: use 'last' or 'best'"):
         fit_stream(trainer(tmp_path), Net(), stream(), task_end_weights="first")  # type: ignore[arg-type]
-    with pytest.raises(MisconfigurationException, match="no ModelCheckpoint of the Trainer monitors a metric"):
+    with pytest.raises(MisconfigurationException, match=r"no ModelCheckpoint of the Trainer monitors a metric"):
         fit_stream(trainer(tmp_path, callbacks=[ModelCheckpoint()]), Net(), stream(), task_end_weights="best")
-    with pytest.raises(MisconfigurationException, match="The Trainer has no limit"):
+    with pytest.raises(MisconfigurationException, match=r"The Trainer has no limit"):
         fit_stream(trainer(tmp_path, max_epochs=-1), Net(), stream())
-    with pytest.raises(MisconfigurationException, match="starts new processes for every fit"):
+    with pytest.raises(MisconfigurationException, match=r"starts new processes for every fit"):
         fit_stream(trainer(tmp_path, strategy="ddp_spawn", devices=2), Net(), stream())
 
 
 def test_no_checkpoint_yet_warns_and_starts(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="there is no checkpoint of this stream in .* yet"):
+    with pytest.warns(UserWarning, match=r"there is no checkpoint of this stream in .* yet"):
         matrix = fit_stream(trainer(tmp_path), Scored(), stream(count=2), ckpt_path="last")
     assert matrix.stages == [-1, 0, 1]
 
@@ -151,24 +158,26 @@ def test_damaged_and_foreign_checkpoints(tmp_path: Path) -> None:
     _run(tmp_path, stream(count=2))
     end = tmp_path / "task_1_t1" / "task_end.ckpt"
     missing = tmp_path / "none.ckpt"
-    with pytest.raises(MisconfigurationException, match="none.ckpt cannot be resumed: there is no such file"):
+    with pytest.raises(MisconfigurationException, match=r"none.ckpt cannot be resumed: there is no such file"):
         _run(tmp_path, stream(count=2), missing)
     foreign = tmp_path / "foreign.ckpt"
     torch.save({"state_dict": {}}, foreign)
-    with pytest.raises(MisconfigurationException, match="foreign.ckpt holds no state of a `TaskStream`"):
+    with pytest.raises(MisconfigurationException, match=r"foreign.ckpt holds no state of a `TaskStream`"):
         _run(tmp_path, stream(count=2), foreign)
     whole = end.read_bytes()
     generator = torch.Generator().manual_seed(0)
     refused = 0
     for _ in range(12):
         place = int(torch.randint(len(whole), (1,), generator=generator))
-        end.write_bytes(whole[:place] if place % 2 else whole[:place] + bytes([whole[place] ^ 0x5A]) + whole[place + 1 :])
+        end.write_bytes(
+            whole[:place] if place % 2 else whole[:place] + bytes([whole[place] ^ 0x5A]) + whole[place + 1 :]
+        )
         refused += files.damage(end) is not None
     assert refused >= 8  # the other flips fell into padding between the parts, which holds nothing
     end.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(MisconfigurationException, match="task_end.ckpt cannot be resumed: it cannot be read"):
+    with pytest.raises(MisconfigurationException, match=r"task_end.ckpt cannot be resumed: it cannot be read"):
         _run(tmp_path, stream(count=2), end)
-    with pytest.warns(UserWarning, match="task_end.ckpt is damaged and skipped"):
+    with pytest.warns(UserWarning, match=r"task_end.ckpt is damaged and skipped"):
         path = files.find_last(trainer(tmp_path, callbacks=[ModelCheckpoint()]), "TaskStream")
     assert path is not None
     assert path.parent == end.parent  # the last step's checkpoint of the same task
@@ -193,7 +202,7 @@ def test_a_folder_that_another_process_writes(tmp_path: Path) -> None:
     fcntl = pytest.importorskip("fcntl")
     with open(tmp_path / ".lightning_cl.lock", "a+") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(MisconfigurationException, match="Another process.* is writing the run's folder"):
+        with pytest.raises(MisconfigurationException, match=r"Another process.* is writing the run's folder"):
             _run(tmp_path, stream(count=1))
     _run(tmp_path, stream(count=1))
 
@@ -203,7 +212,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     module = Scored()
     before = weights(module)
     run = trainer(tmp_path, callbacks=[ModelCheckpoint(dirpath=tmp_path / "file" / "below")])
-    with pytest.raises(MisconfigurationException, match="The run's folder .* cannot be written"):
+    with pytest.raises(MisconfigurationException, match=r"The run's folder .* cannot be written"):
         fit_stream(run, module, stream(count=1))
     assert torch.equal(before, weights(module))
 
@@ -225,29 +234,32 @@ def test_a_full_disk_while_writing_scores_loses_nothing(tmp_path: Path, monkeypa
 def test_scores_that_cannot_be_read_are_evaluated_again(tmp_path: Path) -> None:
     matrix = _run(tmp_path, stream(count=2))
     (tmp_path / "task_1_t1" / "row.json").write_text("{")
-    with pytest.warns(UserWarning, match="row.json cannot be read"):
+    with pytest.warns(UserWarning, match=r"row.json cannot be read"):
         again = _run(tmp_path, stream(count=2), "last")
     assert {k: v.value for k, v in again.scores().items()} == {k: v.value for k, v in matrix.scores().items()}
 
 
 def _on_two_ranks(rank: int, folder: Path) -> None:
-    run = {"accelerator": "cpu", "devices": 2, "strategy": "ddp"}
-    with pytest.raises(MisconfigurationException, match="Task 'a', `train`: .*no such file"):
-        data = TaskStream([Task("a", train=str(folder / f"only_{0}_has_this.jsonl"))], batch_size=1)
-        if rank == 0:
-            (folder / "only_0_has_this.jsonl").write_text('{"text": "words"}')
-        else:
-            data = TaskStream([Task("a", train=str(folder / "missing.jsonl"))], batch_size=1)
-        fit_stream(trainer(folder, **run), Net(), data)
-    with pytest.raises(MisconfigurationException, match="Task 't0' has 1 `train` rows for 2 processes"):
-        fit_stream(trainer(folder, **run), Net(), stream(count=1, rows=1))
-    with pytest.raises(MisconfigurationException, match="No score for task 't0'.*bleu"):
-        named = [Task(t.name, t.train, t.val, t.test, metric="bleu") for t in tasks(1)]
-        fit_stream(trainer(folder, **run), Net(), TaskStream(named, batch_size=4))
+    def refused(message: str, data: TaskStream, **kwargs: Any) -> None:
+        run = trainer(folder, strategy="ddp", **{"devices": 2, **kwargs})
+        with pytest.raises(MisconfigurationException, match=message):
+            fit_stream(run, Net(), data)
+
+    (folder / "of_rank_0.jsonl").write_text('{"text": "words"}')
+    # Only the second process misses its file, and the first must not wait for it.
+    one_missing = TaskStream([Task("a", train=str(folder / f"of_rank_{rank}.jsonl"))], batch_size=1, tokenizer=_words)
+    with pytest.raises((MisconfigurationException, RuntimeError), match=r"Task 'a', `train`: .*no such file"):
+        fit_stream(trainer(folder, strategy="ddp", devices=2), Net(), one_missing)
+    refused("Task 't0' has 1 `train` rows for 2 processes", stream(count=1, rows=1))
+    named = [Task(t.name, t.train, t.val, t.test, metric="bleu") for t in tasks(1)]
+    refused("No score for task 't0'.*nothing logs 'bleu'", TaskStream(named, batch_size=4))
     (folder / "file").write_text("")
-    with pytest.raises(MisconfigurationException, match="cannot be written"):
-        checkpoint = ModelCheckpoint(dirpath=folder / "file" / "below")
-        fit_stream(trainer(folder, callbacks=[checkpoint], **run), Net(), stream(count=1))
+    blocked = ModelCheckpoint(dirpath=folder / "file" / "below")
+    refused("cannot be written", stream(count=1), callbacks=[blocked])
+
+
+def _words(text: str, **_: Any) -> Any:
+    raise AssertionError("never asked: the other process has no rows")
 
 
 def test_errors_are_raised_on_every_rank(tmp_path: Path) -> None:

@@ -251,7 +251,7 @@ def begin_task(trainer: pl.Trainer) -> None:
     fit._last_train_dl_reload_epoch = epoch.val_loop._last_val_dl_reload_epoch = float("-inf")
     # What was restored for the task before must not be looked into for this one.
     trainer.ckpt_path = None
-    for callback in trainer.callbacks:
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, EarlyStopping):
             callback.wait_count = callback.stopped_epoch = 0
             callback.best_score = torch.tensor(torch.inf if callback.mode == "min" else -torch.inf)

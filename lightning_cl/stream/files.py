@@ -67,7 +67,9 @@ def _zip_damage(path: Path) -> str | None:
                 return f"its part {bad!r} does not match its checksum"
         _load(path)
     except Exception as error:
-        return f"it cannot be read ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no detail'})"
+        return (
+            f"it cannot be read ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no detail'})"
+        )
     return None
 
 
@@ -141,7 +143,9 @@ def _furthest(candidates: list[Path], key: str) -> Path | None:
             steps = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress", {})
             done = steps.get("total", {}).get("processed", 0)
             # A later save at the same batch stands later in Lightning's order of hooks.
-            order = ("in_step", "batch_end", "between", "validation_end", "epoch_start", "epoch_end").index(state["point"])
+            order = ("in_step", "batch_end", "between", "validation_end", "epoch_start", "epoch_end").index(
+                state["point"]
+            )
             ended = path.name == TASK_END
             begun = _begun(path, state["run_id"])
             ranked.append((begun, state["current_index"], done, order, ended, path.stat().st_mtime, str(path)))

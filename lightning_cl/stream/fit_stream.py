@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
+
 from lightning_cl.stream import files, progress
 from lightning_cl.stream.boundary import TaskBoundary, begin_task
 from lightning_cl.stream.scores import find_monitor, read_scores
@@ -64,8 +65,8 @@ def fit_stream(
         task_end_weights: ``"best"`` ends each task with the weights of ModelCheckpoint's best score, not the last ones.
 
     Returns:
-        The task matrix. On a stream that is already finished nothing is trained or evaluated: model and callbacks are
-        restored, and the matrix is returned.
+        The task matrix. On a stream that is already finished nothing is trained: model and callbacks are restored (a
+        ForgettingMonitor sees the last row evaluated once more), and the matrix is returned.
 
     Raises:
         MisconfigurationException: before training, for whatever cannot work; see :class:`TaskStream` and :class:`Task`.
@@ -88,13 +89,13 @@ class _Run:
         optimizer_reset: bool,
         task_end_weights: str,
     ) -> None:
-        self._trainer = trainer
+        self._trainer: Any = trainer  # Lightning declares many of its attributes nowhere
         self._model = model
         self._stream = stream
         self._key = type(stream).__qualname__
         self._boundary = TaskBoundary(
             stream,
-            saves=bool(trainer.checkpoint_callbacks) and not trainer.fast_dev_run,
+            saves=bool(trainer.checkpoint_callbacks) and not getattr(trainer, "fast_dev_run", False),
             optimizer_reset=optimizer_reset,
             task_end_weights=task_end_weights,
         )
@@ -112,9 +113,10 @@ class _Run:
         if path is None:
             stream.restart(run_id=uuid.uuid4().hex)
         last = len(stream.train_tasks) - 1
-        if path is not None:
+        if path is not None and stream.current_index == last and find_monitor(trainer) is None:
+            # Elsewhere the row is evaluated again: callbacks that read it were saved before it was known.
             self._read_row(path)
-            if stream.current_index == last and path.name == files.TASK_END and not self._unscored(last):
+            if not self._unscored(last):
                 rank_zero_info(f"The stream of {last + 1} tasks is finished; its end is restored from {path}.")
         with self._in_charge():
             if path is None:
@@ -153,7 +155,7 @@ class _Run:
             problem = files.damage(path)
             if problem is not None:
                 raise MisconfigurationException(
-                    f"The checkpoint {path} cannot be resumed: {problem}. Give another one, or `ckpt_path=\"last\"`, which"
+                    f'The checkpoint {path} cannot be resumed: {problem}. Give another one, or `ckpt_path="last"`, which'
                     " takes the furthest whole one."
                 )
         state = files.peek(path).get(self._key)
@@ -262,7 +264,7 @@ class _Run:
         folders = [(c, c.dirpath) for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
         trainer.callbacks.insert(0, boundary)
         # After a SLURM requeue Lightning would load the requeued checkpoint into every later fit and test.
-        connector._parse_ckpt_path = lambda fn, path, **_: path  # type: ignore[method-assign]
+        connector._parse_ckpt_path = lambda fn, path, **_: path
         boundary.roots = {id(callback): dirpath for callback, dirpath in folders}
         try:
             yield

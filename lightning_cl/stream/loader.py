@@ -139,9 +139,9 @@ class TaskLoader:
         if self._start["batches"] and self._beginning is not None:
             self.dataset.load_state_dict(copy.deepcopy(self._beginning))
         stream = _RowStream(self.dataset, self.batch_size, self._rank, self._world_size, self._start)
-        for end, batch in DataLoader(
-            stream, batch_size=None, collate_fn=_EndAndBatch(self.collate_fn, self._encode), **self._options
-        ):
+        # Without a batch size the DataLoader gives what the stream yields, a whole batch, to `collate_fn`.
+        collate: Any = _EndAndBatch(self.collate_fn, self._encode)
+        for end, batch in DataLoader(stream, batch_size=None, collate_fn=collate, **self._options):
             self._taken += 1
             self._ends[self._taken] = end
             # A checkpoint never asks for a batch that lies further back than what Lightning fetches ahead.
@@ -181,7 +181,7 @@ class TaskLoader:
         rows = len(self.dataset)
         if self.shuffle:
             generator = torch.Generator().manual_seed(self._mix(self._start["epoch"], 0))
-            order = torch.randperm(rows, generator=generator).tolist()
+            order: Sequence[int] = torch.randperm(rows, generator=generator).tolist()
         else:
             order = range(rows) if self._order is None else self._order
         sizes = self._sizes(rows)

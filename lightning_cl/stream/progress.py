@@ -5,15 +5,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_cl.stream.files import peek
 from lightning_cl.distributed import gather_objects, rank
+from lightning_cl.stream.files import peek
 from lightning_cl.stream.loader import Position
 
 if TYPE_CHECKING:
@@ -43,7 +43,9 @@ def save(stream: TaskStream) -> dict[str, Any]:
         state["position"] = position(stream, trainer)
         state["should_stop"] = bool(trainer.should_stop)
         state["metrics"] = {
-            name: float(value) for name, value in trainer.callback_metrics.items() if torch.as_tensor(value).numel() == 1
+            name: float(value)
+            for name, value in trainer.callback_metrics.items()
+            if torch.as_tensor(value).numel() == 1
         }
     return state
 
@@ -56,7 +58,8 @@ def where(trainer: pl.Trainer) -> str:
     ``"validation_end"``: after the validation that followed a step; ``"between"``: after all of that.
     """
     loop = trainer.fit_loop
-    epoch, batch = loop.epoch_progress.current, loop.epoch_loop.batch_progress.current
+    epoch: Any = loop.epoch_progress.current
+    batch: Any = loop.epoch_loop.batch_progress.current
     if trainer.validating:
         evaluated = loop.epoch_loop.val_loop.batch_progress
         whole = evaluated.is_last_batch and evaluated.current.ready == evaluated.current.completed
@@ -73,11 +76,11 @@ def where(trainer: pl.Trainer) -> str:
 def position(stream: TaskStream, trainer: pl.Trainer) -> Position:
     """The current task's epoch, and how many of its batches were trained (not fetched)."""
     loop = trainer.fit_loop
-    epoch = loop.epoch_progress.current.processed
+    epoch, batch = (cast(Any, p.current) for p in (loop.epoch_progress, loop.epoch_loop.batch_progress))
     loader = stream.train_loader
     if loader is None or where(trainer) in ("epoch_end", "epoch_start"):
-        return {"epoch": epoch, "batches": 0, "rows": 0}
-    return loader.position(loop.epoch_loop.batch_progress.current.processed)
+        return {"epoch": epoch.processed, "batches": 0, "rows": 0}
+    return loader.position(batch.processed)
 
 
 class Resume:
@@ -159,7 +162,13 @@ def random_state() -> dict[str, Any]:
     return {
         "torch": torch.get_rng_state(),
         "cuda": list(torch.cuda.get_rng_state_all()) if torch.cuda.is_available() else [],
-        "numpy": [str(name), torch.from_numpy(np.asarray(keys).astype(np.int64)), int(place), int(has_gauss), float(gauss)],
+        "numpy": [
+            str(name),
+            torch.from_numpy(np.asarray(keys).astype(np.int64)),
+            int(place),
+            int(has_gauss),
+            float(gauss),
+        ],
         "python": [version, list(internal), normal],
     }
 

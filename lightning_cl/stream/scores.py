@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def find_monitor(trainer: pl.Trainer) -> Any:
     """The Trainer's ForgettingMonitor, or None."""
-    for callback in trainer.callbacks:
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if any(cls.__name__ == "ForgettingMonitor" for cls in type(callback).__mro__):
             return callback
     return None
@@ -63,7 +63,8 @@ def read_scores(
             # A metric that was asked for is not replaced by the only one that was logged.
             found, reason = None, f"nothing logs {task.metric!r} for {task.name!r}"
         if found is None and together:
-            reason += f" (logged: {', '.join(sorted({_bare(name) for name in together}))})" if "logged:" not in reason else ""
+            names = ", ".join(sorted({_bare(name) for name in together}))
+            reason += "" if "logged:" in reason else f" (logged: {names})"
         if found is None:
             if stage == -1 and together and (wanted or task.metric):
                 raise MisconfigurationException(
@@ -97,11 +98,11 @@ def matrix_of(stream: TaskStream) -> TaskMatrix:
     matrix = TaskMatrix(
         tasks=[task.name for task in stream.tasks],
         roles={task.name: task.role for task in stream.tasks},
-        modes=modes,  # type: ignore[arg-type]
+        modes=modes,
         metrics=metrics,
     )
-    for (stage, task), cell in sorted(stream.cells.items()):
-        matrix.update(stage, task, cell["value"], rows=cell.get("rows"), scores=cell.get("scores"))
+    for (stage, name), cell in sorted(stream.cells.items()):
+        matrix.update(stage, name, cell["value"], rows=cell.get("rows"), scores=cell.get("scores"))
     return matrix
 
 

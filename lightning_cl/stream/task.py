@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import Dataset
 
 # `Any` comes last: LightningCLI tries the members in turn, and a `class_path` must become a data set.
-Source = Union[None, str, Dataset, list, Any]
+Source = Union[None, str, Dataset, list, Any]  # noqa: UP007
 
 
 @dataclass

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, Optional
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.data import sized_len
@@ -78,16 +78,16 @@ class TaskStream(pl.LightningDataModule):
         self,
         tasks: list[Task],
         batch_size: int,
-        eval_batch_size: Optional[int] = None,
+        eval_batch_size: int | None = None,
         shuffle: bool = True,
-        seed: Optional[int] = None,
+        seed: int | None = None,
         num_workers: int = 0,
-        collate_fn: Optional[Callable] = None,
+        collate_fn: Callable | None = None,
         tokenizer: Any = None,
-        max_length: Optional[int] = None,
+        max_length: int | None = None,
         template: Literal["auto", "none"] = "auto",
         truncation_side: Literal["left", "right"] = "left",
-        prompt_loss_weight: Optional[float] = None,
+        prompt_loss_weight: float | None = None,
         pin_memory: bool = False,
         persistent_workers: bool = False,
     ) -> None:
@@ -145,6 +145,7 @@ class TaskStream(pl.LightningDataModule):
         self._beginnings: dict[tuple[str, Split], Any] = {}
         self._encoder: Any = None
         self._lengths_reported = False
+        self._fingerprints: list[dict[str, Any]] | None = None
         #: The current train loader.
         self.train_loader: TaskLoader | None = None
 
@@ -224,7 +225,7 @@ class TaskStream(pl.LightningDataModule):
     def train_dataloader(self) -> TaskLoader:
         """The current task's training rows."""
         position = None if self.resume is None else self.resume.position
-        overfits = self.trainer is not None and self.trainer.overfit_batches > 0
+        overfits = self.trainer is not None and getattr(self.trainer, "overfit_batches", 0) > 0
         loader = self._loader(self.current_task, "train", self.batch_size, self.shuffle and not overfits, position)
         loader.on_epoch = self._on_epoch
         self.train_loader = loader
@@ -257,15 +258,14 @@ class TaskStream(pl.LightningDataModule):
 
     def fingerprints(self) -> list[dict[str, Any]]:
         """What identifies each task, in order: name, role and its rows."""
-        sources = self.sources()
-        return [
-            {
-                "name": task.name,
-                "role": task.role,
-                "splits": {split: fingerprint(sources[task.name, split]) for split in _SPLITS if (task.name, split) in sources},
-            }
-            for task in self.tasks
-        ]
+        if self._fingerprints is None:
+            prints: dict[str, dict[str, Any]] = {task.name: {} for task in self.tasks}
+            for (name, split), source in self.sources().items():
+                prints[name][split] = fingerprint(source)
+            self._fingerprints = [
+                {"name": task.name, "role": task.role, "splits": prints[task.name]} for task in self.tasks
+            ]
+        return self._fingerprints
 
     def check_same_tasks(self, saved: list[Mapping[str, Any]], current_index: int) -> None:
         """Refuse a checkpoint of another stream: its finished and its current tasks and its probes must be ours.
@@ -291,7 +291,9 @@ class TaskStream(pl.LightningDataModule):
             for split in _SPLITS:
                 was, now_split = entry["splits"].get(split), now_entry["splits"].get(split)
                 if (was is None) != (now_split is None):
-                    problem = f"task {entry['name']!r} has `{split}` rows {'only in the checkpoint' if was else 'only now'}"
+                    problem = (
+                        f"task {entry['name']!r} has `{split}` rows {'only in the checkpoint' if was else 'only now'}"
+                    )
                 elif was is not None and now_split is not None and (what := difference(was, now_split)):
                     problem = f"task {entry['name']!r}, `{split}`: {what}"
                 if problem is not None:

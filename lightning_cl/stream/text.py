@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -27,13 +27,13 @@ def read_split(task: Task, split: str) -> Any:
     source = getattr(task, split)
     if isinstance(source, list) and source and not isinstance(source[0], (Mapping, str)):
         return source  # a list of anything: images, numbers, tensors
-    if isinstance(source, list) and source and isinstance(source[0], Mapping) and not holds_text(source):
-        if not any(key in source[0] for key in ("text", "prompt", "answer", "messages")):
-            return source
+    keys = {"text", "prompt", "answer", "messages"}
+    if isinstance(source, list) and source and isinstance(source[0], Mapping) and not keys & source[0].keys():
+        return source  # rows for the user's own module: token ids, images by name
     try:
         if not isinstance(source, str) and sized_len(source) == 0:
             raise MisconfigurationException("its source holds no rows. Give at least one, or leave the split out.")
-        rows = read_rows(source)
+        rows: Any = read_rows(source)
         if split != "train" and holds_text(rows) and not is_iterable(rows):
             check_metric(rows, text_metric(task), f"task {task.name!r}, {split}")
     except Exception as error:
@@ -78,7 +78,7 @@ class TextRows:
         self._name = f"task {task.name!r}, {split}"
         self._rows = rows
         self._encoder = encoder
-        self._mode: Any = "train" if split == "train" else "eval"
+        self._mode: Literal["train", "eval"] = "train" if split == "train" else "eval"
         self._metric = None if split == "train" else text_metric(task)
         self.collate = Collator(encoder.pad_token_id)
         #: The encoded rows of a map source.
