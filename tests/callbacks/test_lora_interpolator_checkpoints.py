@@ -256,3 +256,22 @@ def test_a_checkpoint_of_another_model_is_named(tmp_path: Path) -> None:
         MisconfigurationException, match=r"holds slow weights of .* and 7 more, which `PlainLM` does not have"
     ):
         trainer.validate(bare, models.loader(rows=4), ckpt_path=tmp_path / "mid.ckpt", weights_only=True)
+
+
+def test_a_checkpoint_of_our_strategies_gives_either_set(tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    from lightning_cl.commands import export
+
+    module, callback = make_module(), Recorder(decay=0.5, consistency_weight=0)
+    saver = ModelCheckpoint(tmp_path, filename="mid", every_n_train_steps=2)
+    fit(tmp_path, module, [callback, saver], strategy="cl_single_device", enable_checkpointing=True, max_steps=3)
+    state = torch.load(tmp_path / "mid.ckpt", weights_only=True)["callbacks"]["Recorder"]
+    module.eval()
+    batch = next(iter(models.loader(rows=4, seed=9)))
+    for which, wanted in (("slow", state["slow"]), ("trained", callback.fast[1])):
+        folder = tmp_path / which
+        assert export.main([str(tmp_path / "mid.ckpt"), "--out", str(folder), "--weights", which]) == 0
+        loaded = PeftModel.from_pretrained(models.tiny_llama(), folder).eval()
+        with torch.no_grad(), weights.swapped(module, wanted):
+            torch.testing.assert_close(loaded(**batch).logits, module.model(**batch).logits)
