@@ -21,9 +21,18 @@ from lightning_cl import anatomy, distributed
 from lightning_cl.attachment import Step
 from lightning_cl.callbacks.base import ContinualCallback
 from lightning_cl.checkpoints import peek_callback_state
-from lightning_cl.replay.rows import layout_of
+from lightning_cl.routing.collecting import new_general_rows, task_rows
 from lightning_cl.routing.confusion import RoutingConfusion
-from lightning_cl.routing.features import find_feature_layer, pool, prompt_mask, shallow_modules, text_fields
+from lightning_cl.routing.evaluation import (
+    MODES,
+    EvaluationMode,
+    EvaluationRouting,
+    Split,
+    check_mode,
+    task_of_loader,
+    test_scores,
+)
+from lightning_cl.routing.features import find_feature_layer, prompt_mask, shallow_modules, text_fields
 from lightning_cl.routing.forward import RoutedForward
 from lightning_cl.routing.router import BASE, AnalyticRouter, RouteClass, Routes
 from lightning_cl.routing.statistics import RouterStatistics
@@ -31,7 +40,6 @@ from lightning_cl.routing.statistics import RouterStatistics
 if TYPE_CHECKING:
     from lightning_cl.routing.adapters import AdapterBank
 
-EvaluateWith = Literal["routed", "oracle", "base"]
 GENERAL = "general"
 
 
@@ -101,7 +109,7 @@ class RLSRouterFitter(ContinualCallback):
         min_margin: float | None = None,
         max_tasks: int | None = None,
         general_class: bool = False,
-        evaluate_with: EvaluateWith = "routed",
+        evaluate_with: EvaluationMode = "routed",
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -112,7 +120,7 @@ class RLSRouterFitter(ContinualCallback):
         self.min_margin = min_margin
         self.max_tasks = max_tasks
         self.general_class = general_class
-        self.evaluate_with: EvaluateWith = evaluate_with
+        self.evaluate_with: EvaluationMode = evaluate_with
         self.seed = seed
         self.confusion = RoutingConfusion()
         self._statistics = RouterStatistics(expansion_dim, ridge, seed)
@@ -123,7 +131,7 @@ class RLSRouterFitter(ContinualCallback):
         self._outdated = False  # whether adapters in the model are older than the stored ones
         self._batch: Any = None  # the training batch whose features are still to come
         self._frozen: list[nn.Module] = []
-        self._true_task: str | None = None
+        self._evaluation: EvaluationRouting | None = None
 
     # ------------------------------------------------------------------ what users read
 
@@ -161,9 +169,9 @@ class RLSRouterFitter(ContinualCallback):
         return router.route(pooled)
 
     @contextmanager
-    def evaluating_with(self, mode: EvaluateWith) -> Iterator[None]:
+    def evaluating_with(self, mode: EvaluationMode) -> Iterator[None]:
         """Evaluate with ``"routed"``, ``"oracle"`` or ``"base"`` for a while, to set their scores side by side."""
-        _check_mode(mode)
+        check_mode(mode)
         before, self.evaluate_with = self.evaluate_with, mode
         try:
             yield
@@ -177,21 +185,11 @@ class RLSRouterFitter(ContinualCallback):
 
         The scores are kept in :attr:`confusion`, for the report.
         """
-        from lightning_cl.metrics import find_score
-
-        found: dict[str, dict[str, float]] = {}
-        tasks = stream.loader_tasks("test")
-        for mode in ("routed", "oracle", "base"):
+        self.confusion.scores = {}
+        for mode in MODES:
             with self.evaluating_with(mode):
-                logged = trainer.test(pl_module, datamodule=stream, verbose=False)
-            together = {name: value for entry in logged for name, value in entry.items()}
-            found[mode] = {}
-            for index, task in enumerate(tasks):
-                name, _ = find_score(together, index, len(tasks), task.name, None, task.metric)
-                if name is not None:
-                    found[mode][task.name] = float(together[name])
-        self.confusion.scores = found
-        return found
+                self.confusion.scores[mode] = test_scores(trainer, pl_module, stream)
+        return self.confusion.scores
 
     def export(self, folder: str | Path) -> None:
         """Write adapters (standard PEFT folders) and router (one small file) for ``lightning_cl.routing.load_routed``.
@@ -383,7 +381,7 @@ class RLSRouterFitter(ContinualCallback):
         # Reference passes run without gradients; checkpointed blocks run again in backward, when the batch is taken.
         if self._batch is None or not torch.is_grad_enabled():
             return
-        rows = _task_rows(hidden, self._batch, arguments, self._joined_rows())
+        rows = task_rows(hidden, self._batch, arguments, self._joined_rows())
         if rows is not None:
             self._batch = None
             self._statistics.observe(rows, self._column(self._adapter()))
@@ -394,18 +392,9 @@ class RLSRouterFitter(ContinualCallback):
         return step.replay.count if step is not None and step.replay.layout == "joined" else 0
 
     def _collect_general(self, step: Step) -> None:
-        replay, layer = step.replay, self.routed.feature_layer
-        if layer not in step.activations:
-            return
-        new = []
-        for row, (identity, source) in enumerate(zip(replay.ids, replay.sources, strict=True)):
-            if source == "GeneralSamples" and identity not in self._general_ids:
-                self._general_ids.add(identity)
-                new.append(row)
-        if new:
-            mask = None if replay.token_mask is None else replay.token_mask[new]
-            pooled = pool(step.activations[layer][new], mask if step.activations[layer].ndim == 3 else None)
-            self._statistics.observe(pooled, self._column(BASE))
+        rows = new_general_rows(step, self.routed.feature_layer, self._general_ids)
+        if rows is not None:
+            self._statistics.observe(rows, self._column(BASE))
 
     @override
     def on_train_batch_end(
@@ -438,7 +427,11 @@ class RLSRouterFitter(ContinualCallback):
             part.training = True
         self._batch, self._frozen = None, []
         if self._routed is not None:
-            self._routed.on_hidden, self._routed.on_routes, self._routed.prompt = None, None, None
+            self._routed.on_hidden = None
+            self._routed.prompt, self._routed.on_routes = None, None
+            if self._evaluation is not None:
+                self._evaluation.clear()
+                self._evaluation = None
             self._routed.router, self._routed.enabled = self._fitted(), True
             if self._routed.router is None:
                 self._routed.detach()
@@ -479,71 +472,40 @@ class RLSRouterFitter(ContinualCallback):
         routed.router = self._fitted(running=in_task)
         routed.enabled = routed.router is not None or self.evaluate_with != "routed"
         routed.attach()
-        self.confusion.start()
-
-    def _begin_batch(self, trainer: pl.Trainer, split: Literal["val", "test"], batch: Any, dataloader_idx: int) -> None:
-        routed, fields = self.routed, text_fields(batch)
-        stream = _stream(trainer)
-        self._true_task = None
-        if hasattr(stream, "loader_tasks"):
-            self._true_task = stream.loader_tasks(split)[dataloader_idx].name
-        routed.prompt = prompt_mask(fields.get("attention_mask"), fields.get("labels"))
-        routed.on_routes = self._count
-        routed._given = self._given_adapter()
-
-    def _given_adapter(self) -> str | None:
-        if self.evaluate_with == "routed":
-            return None
-        if self.evaluate_with == "base":
-            return BASE
-        if self._true_task is None:
-            raise MisconfigurationException(
-                "`evaluate_with='oracle'` needs to know the task of each loader, which only a `TaskStream` tells. Give the"
-                " Trainer a `TaskStream`, or name the adapters yourself (`with router.routed.given(name)`)."
-            )
-        own = [c.adapter for c in self._statistics.classes if c.name == self._true_task]
-        return own[0] if own else BASE
-
-    def _count(self, routes: Routes) -> None:
-        if self._true_task is not None:
-            self.confusion.add(self._true_task, routes)
+        self._evaluation = EvaluationRouting(routed, self.confusion)
 
     def _end_evaluation(self, trainer: pl.Trainer, counted: bool = True) -> None:
-        routed = self.routed
-        routed.prompt, routed.on_routes, routed._given, self._true_task = None, None, None, None
         fitting = trainer.state.fn == "fit"
-        if counted:
-            learnt = [c.name for c in (routed.router.classes if routed.router else []) if c.adapter != BASE]
-            accuracy = self.confusion.finish(learnt, keep=not fitting)
-            if accuracy is not None and self.evaluate_with == "routed":
-                # Not `pl_module.log`: among the metrics of a loader it could be taken for the task's score.
-                for logger in trainer.loggers:
-                    logger.log_metrics({"cl/routing_accuracy": accuracy}, step=trainer.global_step)
+        assert self._evaluation is not None
+        self._evaluation.end(trainer, keep=not fitting, counted=counted)
         if fitting:
-            routed.enabled = False
+            self.routed.enabled = False
+
+    def _begin_batch(self, trainer: pl.Trainer, batch: Any, dataloader_idx: int, split: Split | None) -> None:
+        assert self._evaluation is not None
+        task = None if split is None else task_of_loader(trainer, split, dataloader_idx)
+        self._evaluation.begin_batch(self.evaluate_with, batch, task)
 
     @override
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Tell the routing where this batch's prompts end, and of which task it is."""
-        self._begin_batch(trainer, "val", batch, dataloader_idx)
+        self._begin_batch(trainer, batch, dataloader_idx, "val")
 
     @override
     def on_test_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """As for validation."""
-        self._begin_batch(trainer, "test", batch, dataloader_idx)
+        self._begin_batch(trainer, batch, dataloader_idx, "test")
 
     @override
     def on_predict_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """As for validation; no task is known."""
-        fields = text_fields(batch)
-        self.routed.prompt = prompt_mask(fields.get("attention_mask"), fields.get("labels"))
-        self.routed._given = self._given_adapter()
+        self._begin_batch(trainer, batch, dataloader_idx, None)
 
     @override
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -646,28 +608,6 @@ def _in_adapter(name: str) -> bool:
     return "lora_" in name
 
 
-def _task_rows(hidden: Tensor, batch: Any, arguments: Mapping[str, Any], replay: int) -> Tensor | None:
-    """Pooled hidden states of the batch's task rows, ``[N, D]``; None if the call was not on the whole batch."""
-    fields = {**{k: v for k, v in arguments.items() if isinstance(v, Tensor) and v.ndim == 2}, **text_fields(batch)}
-    layout = layout_of(batch)
-    mask = prompt_mask(fields.get("attention_mask"), fields.get("labels"))
-    if mask is not None and (hidden.ndim != 3 or mask.shape != hidden.shape[:2]):
-        mask = None
-    if layout.lengths is not None and hidden.shape[0] == 1:
-        pieces, start = [], 0
-        labels = fields.get("labels")
-        for length in layout.lengths[: len(layout.lengths) - replay]:
-            segment = slice(start, start + length)
-            own = None if labels is None else prompt_mask(None, labels[:, segment])
-            pieces.append(pool(hidden[:, segment], own))
-            start += length
-        return torch.cat(pieces)
-    if hidden.shape[0] != layout.rows:
-        return None
-    count = layout.rows - replay
-    return pool(hidden[:count], None if mask is None else mask[:count])
-
-
 def _stream(trainer: pl.Trainer) -> Any:
     return getattr(trainer, "datamodule", None)
 
@@ -676,13 +616,6 @@ def _sources(trainer: pl.Trainer) -> set[str]:
     """Kinds of the replay sources in the Trainer's callbacks."""
     callbacks: list[Any] = getattr(trainer, "callbacks", [])
     return {type(source).__name__ for callback in callbacks for source in getattr(callback, "sources", [])}
-
-
-def _check_mode(mode: str) -> None:
-    if mode not in ("routed", "oracle", "base"):
-        raise MisconfigurationException(
-            f"`evaluate_with={mode!r}` of `RLSRouterFitter` is unknown. Use 'routed', 'oracle' or 'base'."
-        )
 
 
 def _check(
@@ -706,4 +639,4 @@ def _check(
         raise MisconfigurationException(
             f"`max_tasks={max_tasks}` of `RLSRouterFitter` allocates no adapter. Use the number of tasks, or None."
         )
-    _check_mode(evaluate_with)
+    check_mode(evaluate_with)

@@ -127,11 +127,21 @@ class RoutedForward:
 
         ``"__base__"`` is the base model.
         """
-        before, self._given = self._given, adapters if isinstance(adapters, str) or adapters is None else list(adapters)
+        before = self._given
+        self.use(adapters)
         try:
             yield
         finally:
             self._given = before
+
+    @property
+    def adapters_given(self) -> Sequence[str] | str | None:
+        """What `given` or `use` set."""
+        return self._given
+
+    def use(self, adapters: Sequence[str] | str | None) -> None:
+        """As `given`, until the next call of this."""
+        self._given = adapters if isinstance(adapters, str) or adapters is None else list(adapters)
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -366,6 +366,10 @@ def test_predict_and_min_margin(tmp_path):
     assert not torch.equal(base, routed)
     with router.evaluating_with("base"):
         assert torch.equal(trainer.predict(lm, rows)[0], base)
+    with router.routed.given("task_1"):
+        first = trainer.predict(lm, rows)[0]
+    assert not torch.equal(first, routed)
+    assert torch.equal(trainer.predict(lm, rows)[0], routed)
     router.evaluate_with = "oracle"
     with pytest.raises(
         MisconfigurationException, match="`evaluate_with='oracle'` needs to know the task of each loader"
