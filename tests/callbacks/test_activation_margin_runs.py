@@ -11,7 +11,8 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor
 
-from lightning_cl.callbacks import ActivationMarginRegularizer, ReplayMixer
+from lightning_cl import Task, TaskStream, fit_stream
+from lightning_cl.callbacks import ActivationMarginRegularizer, ReplayDistillation, ReplayMixer
 from lightning_cl.replay.collecting import weights_fingerprint
 from lightning_cl.replay.state_store import StateStore, StoreError
 from tests.callbacks.margin_tools import (
@@ -37,6 +38,25 @@ def test_the_initial_anchor_belongs_to_the_run_and_previous_task_does_not(tmp_pa
         assert (digests[0] == digests[1]) is same
         initial = weights_fingerprint(module().model.model)
         assert (fingerprint == initial) is same
+
+
+def test_a_stream_of_tasks(tmp_path: Path) -> None:
+    callback = ActivationMarginRegularizer(store=str(tmp_path / "states"))
+    tasks = [Task(name, train=models.TokenRows(8, seed=i)) for i, name in enumerate("ab")]
+    trainer = models.trainer(tmp_path, callbacks=[ReplayMixer(source(), rows_per_batch=2), callback], max_steps=2)
+    net = module()
+    fit_stream(trainer, net, TaskStream(tasks, batch_size=4))
+    assert callback._reference.states.manifest["weights"] == weights_fingerprint(module().model.model)
+    assert float(trainer.callback_metrics["cl/activation_margin"]) > 0
+
+
+def test_one_reference_pass_serves_distillation_too(tmp_path: Path) -> None:
+    net, passes = module(lora=True), []
+    net.model.get_base_model().model.register_forward_pre_hook(lambda part, args: passes.append(part.training))
+    margin = ActivationMarginRegularizer(reference="recompute", objective="l2")
+    mixer = ReplayMixer(source(), rows_per_batch=2, layout="joined")
+    fit(tmp_path, margin, net, mixer, more=(ReplayDistillation(),), max_steps=3)
+    assert passes[-4:] == [False, True] * 2  # the first step also finds out where to run it
 
 
 class Stop(Callback):
