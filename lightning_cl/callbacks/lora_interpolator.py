@@ -57,10 +57,11 @@ class LoRAInterpolator(ContinualCallback):
 
     In YAML::
 
-        callbacks+:
-          - class_path: lightning_cl.callbacks.LoRAInterpolator
-            init_args:
-              half_life: 0.1
+        trainer:
+          callbacks+:
+            - class_path: lightning_cl.callbacks.LoRAInterpolator
+              init_args:
+                half_life: 0.1
 
     Args:
         half_life: fraction of the task's optimizer steps after which a weight counts half in the average.
