@@ -183,6 +183,14 @@ class Attachment:
         """Replay rows (of these sources; default: all) carry no labels, so that the module's own loss ignores them."""
         self._joiner.unlabelled_sources.append(None if sources is None else frozenset(sources))
 
+    def draw_ahead(self, owner: Any) -> None:
+        """Draw the replay rows of a whole optimizer step at its first batch, and show them as ``step.replay.window``.
+
+        A mean over all replay rows of an accumulated step needs their number before the first of its backward passes.
+        Amounts that depend on the batch (``ratio``, ``token_ratio``) follow the step's first batch.
+        """
+        self._joiner.draws_ahead = True
+
     @functools.cached_property
     def network_name(self) -> str:
         """Dotted name of :attr:`network` inside the module."""

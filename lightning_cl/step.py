@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_cl.replay.rows import Row
+
 # Rank-one arguments that merely happen to be as long as the batch (Hugging Face passes token positions under this name).
 _NOT_ROWS = ("cache_position",)
 
@@ -25,6 +27,8 @@ class ReplayRows:
         token_mask: bool ``[R, T]``, True at real tokens; None for data without a token axis.
         packed_index: ``[R, T]`` positions on the token axis of a packed batch; None for an ordinary batch.
         layout: whether they share the task rows' forward pass.
+        window: the replay rows of all batches of this optimizer step on this rank, this batch's included; None unless a
+            callback asked for them (``attachment.draw_ahead``).
     """
 
     ids: list[str]
@@ -33,6 +37,7 @@ class ReplayRows:
     token_mask: Tensor | None = None
     packed_index: Tensor | None = None
     layout: str = "joined"
+    window: list[Row] | None = None
 
     @property
     def count(self) -> int:

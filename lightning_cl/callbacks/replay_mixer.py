@@ -141,7 +141,8 @@ class ReplayMixer(ContinualCallback):
         """Let the sources collect or generate what they need, and offer their rows to each batch."""
         for source in self.sources:
             source.start(trainer, pl_module, self.attachment)
-        self.attachment.add_rows(self, RowProvider(self._draw, self.layout, self.task_weight, self.pad_values))
+        provider = RowProvider(self._draw, self.layout, self.task_weight, self.pad_values, self._observe)
+        self.attachment.add_rows(self, provider)
 
     @override
     def on_task_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -151,7 +152,6 @@ class ReplayMixer(ContinualCallback):
 
     def _draw(self, layout: BatchLayout, minimum: int) -> list[Row]:
         if not minimum:
-            self._observe(layout)
             self._owed += self._wanted(layout)
         ready = [source for source in self.sources if source.available() > 0]
         if not ready:

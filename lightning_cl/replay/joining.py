@@ -39,12 +39,14 @@ class RowProvider:
         layout: ``"joined"`` (one forward), ``"separate"`` (two) or ``"auto"``.
         task_weight: weight of the task rows' loss; the replay rows' has the rest. None: the module's own mean.
         pad_values: fill by key, for keys of variable length outside the known ones.
+        observe: called with each batch before rows are drawn for it.
     """
 
     draw: Callable[[BatchLayout, int], list[Row]]
     layout: Literal["auto", "joined", "separate"] = "auto"
     task_weight: float | None = None
     pad_values: Mapping[str, float] = field(default_factory=dict)
+    observe: Callable[[BatchLayout], None] | None = None
 
 
 @dataclass
@@ -91,6 +93,7 @@ class Joiner:
     Attributes:
         providers: in the order of the callbacks.
         unlabelled_sources: sets of source names whose rows carry no labels; None stands for all sources.
+        draws_ahead: draw the rows of all batches of an optimizer step at its first batch.
     """
 
     def __init__(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -98,6 +101,10 @@ class Joiner:
         self._module = module
         self.providers: list[RowProvider] = []
         self.unlabelled_sources: list[frozenset[str] | None] = []
+        self.draws_ahead = False
+        # Rows of the coming batches of this optimizer step, and of all of its batches.
+        self._ahead: list[list[Row]] = []
+        self._window: list[Row] | None = None
 
     @property
     def needs_row_losses(self) -> bool:
@@ -151,7 +158,10 @@ class Joiner:
     def add(self, batch: Any) -> Added:
         """The batch with this step's replay rows; whether there are any, and their layout, is agreed over the ranks."""
         layout = layout_of(batch)
-        rows = self._draw(layout, 0)
+        for provider in self.providers:
+            if provider.observe is not None:
+                provider.observe(layout)
+        rows = self._next(layout)
         plan = self._plan(layout, rows)
         if world_size() > 1:
             having, joined, separate = sum_over_ranks([float(bool(rows)), *plan])
@@ -165,7 +175,25 @@ class Joiner:
         counts = any(not self._is_unlabelled(row) for row in rows)
         if not is_separate or counts:
             rows = [self._without_labels(row, layout) if self._is_unlabelled(row) else row for row in rows]
-        return self._separate(layout, rows, counts) if is_separate else self._joined(layout, rows, counts)
+        added = self._separate(layout, rows, counts) if is_separate else self._joined(layout, rows, counts)
+        added.replay.window = self._window
+        return added
+
+    def _next(self, layout: BatchLayout) -> list[Row]:
+        """This batch's rows."""
+        if not self.draws_ahead:
+            return self._draw(layout, 0)
+        if not self._ahead:
+            self._ahead = [self._draw(layout, 0) for _ in range(self._batches_left())]
+            self._window = [row for rows in self._ahead for row in rows]
+        return self._ahead.pop(0)
+
+    def _batches_left(self) -> int:
+        """Batches of the running optimizer step from the present one on."""
+        done = self._trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        accumulated = self._trainer.accumulate_grad_batches
+        # The last optimizer step of an epoch may be shorter (a loader without a length says so only when it ends).
+        return int(max(1, min(accumulated - done % accumulated, self._trainer.num_training_batches - done)))
 
     def _draw(self, layout: BatchLayout, minimum: int) -> list[Row]:
         rows: list[Row] = []
