@@ -30,7 +30,7 @@ from lightning_cl.routing.evaluation import (
     Split,
     check_mode,
     task_of_loader,
-    test_scores,
+    task_scores,
 )
 from lightning_cl.routing.features import find_feature_layer, prompt_mask, shallow_modules, text_fields
 from lightning_cl.routing.forward import RoutedForward
@@ -188,7 +188,7 @@ class RLSRouterFitter(ContinualCallback):
         self.confusion.scores = {}
         for mode in MODES:
             with self.evaluating_with(mode):
-                self.confusion.scores[mode] = test_scores(trainer, pl_module, stream)
+                self.confusion.scores[mode] = task_scores(trainer, pl_module, stream)
         return self.confusion.scores
 
     def export(self, folder: str | Path) -> None:

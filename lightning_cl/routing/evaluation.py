@@ -15,7 +15,7 @@ from lightning_cl.routing.router import BASE, Routes
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
-__all__ = ["MODES", "EvaluationMode", "EvaluationRouting", "Split", "check_mode", "task_of_loader", "test_scores"]
+__all__ = ["MODES", "EvaluationMode", "EvaluationRouting", "Split", "check_mode", "task_of_loader", "task_scores"]
 
 EvaluationMode = Literal["routed", "oracle", "base"]
 Split = Literal["val", "test"]
@@ -92,7 +92,7 @@ def task_of_loader(trainer: pl.Trainer, split: Split, dataloader_idx: int) -> st
     return stream.loader_tasks(split)[dataloader_idx].name if hasattr(stream, "loader_tasks") else None
 
 
-def test_scores(trainer: pl.Trainer, pl_module: pl.LightningModule, stream: Any) -> dict[str, float]:
+def task_scores(trainer: pl.Trainer, pl_module: pl.LightningModule, stream: Any) -> dict[str, float]:
     """Each task's test score."""
     from lightning_cl.metrics import find_score
 
