@@ -50,7 +50,6 @@ def read_scores(
         MisconfigurationException: before the first task, for a metric that was asked for by name and is not logged.
     """
     from lightning_cl.metrics import find_score
-    from lightning_cl.metrics.loaders import rows_of_loader
 
     together: dict[str, float] = {}
     for entry in logged:
@@ -73,7 +72,7 @@ def read_scores(
                 )
             stream.missing[stage, task.name] = reason
             continue
-        rows = None if stream.trainer is None else rows_of_loader(stream.trainer, index)
+        rows = _rows(stream.trainer, index)
         value = _agree(together[found], rows, stream.eval_batch_size)
         cell: dict[str, Any] = {"value": value, "rows": rows, "metric": task.metric or _bare(found)}
         scores = list((row_scores or {}).get(index, ()))
@@ -104,6 +103,15 @@ def matrix_of(stream: TaskStream) -> TaskMatrix:
     for (stage, name), cell in sorted(stream.cells.items()):
         matrix.update(stage, name, cell["value"], rows=cell.get("rows"), scores=cell.get("scores"))
     return matrix
+
+
+def _rows(trainer: pl.Trainer | None, index: int) -> int | None:
+    """How many rows one loader gave to all processes in the evaluation that just ended."""
+    from lightning_cl.metrics.loaders import loaders_of
+    from lightning_cl.stream.loader import TaskLoader
+
+    loader = loaders_of(trainer)[index] if trainer is not None else None
+    return loader.position()["rows"] if isinstance(loader, TaskLoader) else None
 
 
 def _agree(value: float, rows: int | None, batch_size: int) -> float:
