@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning_cl.metrics import TaskMatrix
 from lightning_cl.report import display, svg
-from lightning_cl.report.run import Run, differences
+from lightning_cl.report.run import Run, differences, unfinished
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -76,7 +76,7 @@ def _names(runs: Sequence[Run]) -> str:
 
 
 def _warnings(runs: Sequence[Run], problems: Sequence[str]) -> str:
-    lines = [escape(problem) for problem in problems]
+    lines = [escape(line) for line in [*problems, *unfinished(runs)]]
     for run in runs:
         for event in run.document.get("events") or ():
             what = {"warn": "only warned", "stop": "the stream was stopped", "restore": "the weights were put back"}
@@ -158,9 +158,10 @@ def _side_by_side(runs: Sequence[Run]) -> str:
 
 def _run(run: Run, alone: bool) -> str:
     name = "" if alone else f"{escape(run.name)}: "
+    heading = f"{name}task matrix" if name else "Task matrix"
     matrix = run.matrix
     parts = [
-        f'<section data-run="{escape(run.name)}"><h2>{name}task matrix</h2>',
+        f'<section data-run="{escape(run.name)}"><h2>{heading}</h2>',
         f'<div class="card">{svg.heat_map(matrix)}<p class="note"><span class="key"></span>the task just learnt; darker is'
         " better within a kind of metric; ↓: lower is better; hover a cell for its numbers.</p></div>",
         "<h2>Each task over the stages</h2>",

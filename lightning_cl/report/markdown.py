@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lightning_cl.report import display
-from lightning_cl.report.run import Run, differences
+from lightning_cl.report.run import Run, differences, unfinished
 
 
 def summary(runs: Sequence[Run], problems: Sequence[str] = (), checks: Sequence[str] = ()) -> str:
@@ -27,7 +27,7 @@ def summary(runs: Sequence[Run], problems: Sequence[str] = (), checks: Sequence[
     unlike = differences(runs)
     if unlike:
         notes.append("The runs were not made alike, so nothing is averaged: " + "; ".join(unlike) + ".")
-    lines += [f"- {line}" for line in [*checks, *notes, *problems]]
+    lines += [f"- {line}" for line in [*checks, *notes, *unfinished(runs), *problems]]
     return "\n".join(lines) + "\n"
 
 

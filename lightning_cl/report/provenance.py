@@ -23,7 +23,7 @@ def provenance() -> dict[str, Any]:
         ['command', 'commit', 'hardware', 'versions']
     """
     return {
-        "command": [os.path.basename(sys.argv[0] or "python"), *sys.argv[1:]],
+        "command": [_program(sys.argv[0]), *sys.argv[1:]],
         "commit": _commit(),
         "versions": versions(),
         "hardware": hardware(),
@@ -49,6 +49,12 @@ def hardware() -> str:
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         return ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
     return f"CPU, {os.cpu_count()} cores, {platform.machine()}"
+
+
+def _program(path: str) -> str:
+    """What was started, without the folders of this machine."""
+    folder, name = os.path.split(path)
+    return f"python -m {os.path.basename(folder)}" if name == "__main__.py" else name or "python"
 
 
 def _commit() -> str | None:

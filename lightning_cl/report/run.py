@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,7 +108,7 @@ def load_run(path: Path, name: str | None = None) -> Run:
             f"{file} holds no valid task matrix ({error!r}). Write it anew, or leave the run out."
         ) from error
     folder = file.parent
-    return Run(name or folder.name, folder, matrix, document, _config(folder), _size(folder))
+    return Run(name or _name(folder), folder, matrix, document, _config(folder), _size(folder))
 
 
 def find_runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
@@ -164,6 +165,21 @@ def differences(runs: Iterable[Run]) -> list[str]:
             ]
             found.append(f"{what}: {'; '.join(parts)}")
     return found
+
+
+def unfinished(runs: Iterable[Run]) -> list[str]:
+    """Which runs have tasks still to learn, so that their figures are of the tasks learnt so far.
+
+    Example:
+        >>> unfinished([])
+        []
+    """
+    lines = []
+    for run in runs:
+        learnt, tasks = max(run.matrix.stages, default=-1) + 1, len(run.matrix.train_tasks)
+        if learnt < tasks:
+            lines.append(f"{run.name}: {learnt} of {tasks} tasks learnt so far; the figures are of these")
+    return lines
 
 
 def add_external(run: Run, path: Path, stage: int | None = None) -> list[str]:
@@ -267,12 +283,18 @@ def _distinct(runs: list[Run]) -> list[Run]:
     names = [run.name for run in runs]
     for run in runs:
         if names.count(run.name) > 1:
-            run.name = str(Path(*run.folder.resolve().parts[-2:]))
+            run.name = "/".join(run.folder.resolve().parts[-2:])
     names = [run.name for run in runs]
     for index, run in enumerate(runs):
         if names.count(run.name) > 1:
             run.name = f"{run.name} ({index + 1})"
     return runs
+
+
+def _name(folder: Path) -> str:
+    """The folder's name, with its parent's for the numbered ones that loggers make."""
+    parts = folder.resolve().parts[-2:]
+    return "/".join(parts) if re.fullmatch(r"version_\d+|\d+", parts[-1]) else parts[-1]
 
 
 def _config(folder: Path) -> str | None:

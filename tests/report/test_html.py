@@ -142,6 +142,21 @@ def test_events_and_problems_stand_at_the_top(tmp_path: Path) -> None:
     assert text.index("cut short") < text.index("<h2>Figures")
 
 
+def test_a_run_that_is_not_finished_says_so(tmp_path: Path) -> None:
+    from lightning_cl.metrics import TaskMatrix
+    from lightning_cl.report import results
+    from lightning_cl.report.markdown import summary
+
+    made = TaskMatrix(TASKS)
+    for stage in (-1, 0, 1):
+        for task in TASKS:
+            made.update(stage, task, 0.5)
+    results.write(tmp_path / "half", made, {})
+    run = load_run(tmp_path / "half")
+    assert "half: 2 of 3 tasks learnt so far; the figures are of these" in page([run])
+    assert "half: 2 of 3 tasks learnt so far" in summary([run])
+
+
 def test_least_there_can_be(tmp_path: Path) -> None:
     from lightning_cl.metrics import TaskMatrix
     from lightning_cl.report import results

@@ -23,6 +23,7 @@ def test_a_run_is_read_back_whole(tmp_path: Path) -> None:
     assert run.terms["cl/kl"][-1] == [30, 0.125]
     assert run.disk_bytes > 1000
     assert load_run(folder / "task_matrix.json").name == "seed0"
+    assert load_run(write_run(tmp_path / "replay" / "version_3")).name == "replay/version_3"
 
 
 def test_a_folder_of_runs(tmp_path: Path) -> None:
