@@ -458,7 +458,7 @@ def run_until(tmp_path: Any, kill_at: int | None) -> tuple[Any, Any, Any]:
 
 def test_killed_anywhere_and_resumed_to_the_bit(tmp_path):
     whole_lm, whole, _ = run_until(tmp_path / "whole", None)
-    for at in (2, 4, 6):  # in the first epoch, at its end, in the second
+    for at in (2, 4, 6):  # from a checkpoint early in the first epoch, late in it, and in the second
         lm, router, _ = run_until(tmp_path / str(at), at)
         assert router.task_index == 2
         assert torch.equal(router.router.weight, whole.router.weight)
@@ -467,6 +467,25 @@ def test_killed_anywhere_and_resumed_to_the_bit(tmp_path):
             expected = whole._bank.snapshot(f"task_{k}")
             assert all(torch.equal(v, expected[n]) for n, v in router._bank.snapshot(f"task_{k}").items())
         assert routes(router, lm)[:2] == routes(whole, whole_lm)[:2]
+
+
+def test_a_stream_resumed_from_a_tasks_end_is_the_unbroken_one(tmp_path):
+    def run(folder: Any, ckpt_path: Any = None) -> tuple[Any, Any]:
+        lm, router = module(), fitter()
+        trainer = models.trainer(folder, callbacks=[router], max_epochs=1, max_steps=-1, enable_checkpointing=True)
+        matrix = fit_stream(trainer, lm, stream(2), ckpt_path=ckpt_path)
+        return router, matrix
+
+    whole, matrix = run(tmp_path)
+    end = next(tmp_path.glob("**/task_0_t0/task_end.ckpt"))
+    resumed, again = run(tmp_path, ckpt_path=end)
+    assert torch.equal(resumed.router.weight, whole.router.weight)
+    assert resumed._statistics.total.counts.tolist() == [16, 16]
+    for k in range(2):
+        expected = whole._bank.snapshot(f"task_{k}")
+        assert all(torch.equal(v, expected[n]) for n, v in resumed._bank.snapshot(f"task_{k}").items())
+    assert again.compute()["average"] == matrix.compute()["average"]
+    assert resumed.confusion.stages == whole.confusion.stages
 
 
 @pytest.mark.parametrize("strategy", ["auto", "cl_single_device"])

@@ -300,6 +300,11 @@ def test_other_misuse_is_refused():
         learner.downdate(torch.eye(4)[:2], torch.tensor([1, 1]))
     with pytest.raises(ValueError, match="Cannot take out 1 rows of label 7: only 0 were seen"):
         learner.downdate(torch.eye(4)[:1], torch.tensor([7]))
+    before = learner.weight
+    learner.all_reduce()  # alone, it is the sum already
+    assert torch.equal(learner.weight, before)
+    with pytest.raises(ValueError, match="The recursion's state cannot be summed over ranks"):
+        recursion.all_reduce()
     with pytest.raises(ValueError, match="were not part of the fit"):
         recursion.downdate(5 * torch.eye(4)[:1], torch.tensor([0]))
     with pytest.raises(ValueError, match="made with `in_features=4`, but this object has `in_features=5`"):
