@@ -215,45 +215,48 @@ def test_resumed_equals_unbroken(tmp_path: Path, stop_at: int) -> None:
         assert torch.equal(a[-2:], b[-2:])
 
 
-def _two_ranks(rank: int, folder: Path, strategy: str) -> None:
-    from lightning.pytorch.strategies import DDPStrategy
+def _two_ranks(rank: int, folder: Path) -> None:
+    from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
     from lightning_cl.strategies import CLFSDPStrategy
 
-    source = SelfGenerated(6, 12, refresh="per_step", anchor="previous_task")
-    module = Recorder(lora(tiny_llama()), lr=0.5)
-    chosen = DDPStrategy() if strategy == "ddp" else CLFSDPStrategy()
-    run = trainer(
-        folder,
-        devices=2,
-        strategy=chosen,
-        callbacks=[ReplayMixer(source, rows_per_batch=1)],
-        max_steps=6,
-    )
-    run.fit(module, loader(rows=32))
-    pool = [row.content["input_ids"].tolist() for row in source._pool]
-    spawn.save(folder, rank, {"rows": [b[-1].tolist() for b in module.batches], "pool": pool, "made": source._made})
+    results = {}
+    for name, strategy in (("ddp", DDPStrategy()), ("cl_fsdp", CLFSDPStrategy())):
+        source = SelfGenerated(6, 12, refresh="per_step", anchor="previous_task")
+        module = Recorder(lora(tiny_llama()), lr=0.5)
+        callbacks = [ReplayMixer(source, rows_per_batch=1)]
+        trainer(folder, devices=2, strategy=strategy, callbacks=callbacks, max_steps=6).fit(module, loader(rows=32))
+        pool = [row.content["input_ids"].tolist() for row in source._pool]
+        results[name] = {"rows": [b[-1].tolist() for b in module.batches], "pool": pool, "made": source._made}
+    tensor_parallel = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=2)
+    plain = PlainLM(tiny_llama())
+    plain.configure_model = lambda: None  # type: ignore[method-assign]
+    run = trainer(folder, devices=2, strategy=tensor_parallel, callbacks=[ReplayMixer(SelfGenerated(4, 8))])
+    with pytest.raises(MisconfigurationException) as refused:
+        run.fit(plain, loader())
+    results["tensor parallel"] = str(refused.value)
+    spawn.save(folder, rank, results)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    folder = tmp_path_factory.mktemp("ranks")
+    spawn.run(_two_ranks, 2, folder)
+    return spawn.load(folder)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "cl_fsdp"])
-def test_two_ranks_make_disjoint_parts_of_the_same_rows(tmp_path: Path, strategy: str) -> None:
-    spawn.run(_two_ranks, 2, tmp_path, strategy)
-    first, second = spawn.load(tmp_path)
+def test_two_ranks_make_disjoint_parts_of_the_same_rows(two_ranks: list[Any], strategy: str) -> None:
+    first, second = (results[strategy] for results in two_ranks)
     assert first["made"] == 12
     assert first["pool"] == second["pool"]
     expected = sampled(lora(tiny_llama()), 12)
     assert sorted(first["rows"] + second["rows"]) == sorted(expected)
 
 
-def _refused_mesh(rank: int) -> None:
-    from lightning.pytorch.strategies import ModelParallelStrategy
-
-    strategy = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=2)
-    source, module = SelfGenerated(4, 8), PlainLM(tiny_llama())
-    module.configure_model = lambda: None  # type: ignore[method-assign]
-    run = trainer(Path("."), devices=2, strategy=strategy, callbacks=[ReplayMixer(source)])
-    with pytest.raises(MisconfigurationException, match="`tensor_parallel_size=2` the ranks cannot generate different"):
-        run.fit(module, loader())
+def test_tensor_parallelism_is_refused(two_ranks: list[Any]) -> None:
+    for results in two_ranks:
+        assert "`tensor_parallel_size=2` the ranks cannot generate different rows" in results["tensor parallel"]
 
 
 class TestRefusals:
@@ -349,9 +352,6 @@ class TestRefusals:
 
         with pytest.raises(MisconfigurationException, match=f"`{name}` cannot gather .* generate-replay"):
             refuse_strategy(FakeTrainer())
-
-    def test_tensor_parallelism(self) -> None:
-        spawn.run(_refused_mesh, 2)
 
 
 def test_composes_with_general_samples(tmp_path: Path) -> None:
