@@ -75,9 +75,7 @@ def test_run_without_monitor(tmp_path: Path) -> None:
 def test_half_written_json(tmp_path: Path) -> None:
     file = write_run(tmp_path) / "task_matrix.json"
     file.write_text(file.read_text()[:-200])
-    with pytest.raises(
-        ReportError, match=r"is cut short or damaged: .* at line \d+, column \d+\. Delete it"
-    ):
+    with pytest.raises(ReportError, match=r"is cut short or damaged: .* at line \d+, column \d+\. Delete it"):
         load_run(tmp_path)
     file.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ReportError, match="is no JSON text"):
