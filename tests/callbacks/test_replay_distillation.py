@@ -252,6 +252,36 @@ def test_separate_layout_for_modules_that_make_their_labels(tmp_path: Path) -> N
     same(expected, module.model)
 
 
+def test_packed_batches(tmp_path: Path) -> None:
+    def pack(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        positions = [torch.arange(len(row["input_ids"])) for row in rows]
+        packed = {key: torch.cat([row[key] for row in rows])[None] for key in ("input_ids", "labels")}
+        return {**packed, "position_ids": torch.cat(positions)[None]}
+
+    # With a cache, transformers does not see that the row is packed, and its segments attend to each other.
+    module = Recorder(tiny_llama(use_cache=False), lr=0.3)
+    teacher, expected = copy.deepcopy(module.model), copy.deepcopy(module.model)
+    data = torch.utils.data.DataLoader(TokenRows(16, ragged=True), batch_size=4, collate_fn=pack)
+    callbacks = [ReplayMixer(general(ragged=True), rows_per_batch=2), ReplayDistillation(2.0)]
+    trainer(tmp_path, callbacks=callbacks).fit(module, data)
+    optimizer = torch.optim.SGD(expected.parameters(), lr=0.3)
+    for batch in module.batches:
+        starts = (batch["position_ids"][0] == 0).nonzero().flatten().tolist()
+        first = starts[-2]
+        replay = torch.tensor_split(batch["input_ids"][0, first:], [starts[-1] - first])
+        kls = [(naive_kl(expected, teacher, _row(ids), 1), len(ids)) for ids in replay]
+        loss = expected(**{key: value[:, :first] for key, value in batch.items()}).loss
+        loss = loss + 2.0 * sum(kl * n for kl, n in kls) / sum(n for _, n in kls)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    same(expected, module.model)
+
+
+def _row(ids: Tensor) -> dict[str, Tensor]:
+    return {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None]}
+
+
 def test_a_given_reference(tmp_path: Path) -> None:
     frozen = tiny_llama(seed=7)
     module = Recorder(tiny_llama(), lr=0.3)
