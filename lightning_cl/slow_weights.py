@@ -45,12 +45,14 @@ class SlowWeights:
         self.shards: dict[str, Tensor] = {}
         self.updates: dict[str, int] = {}
         self._module: nn.Module | None = None
+        self._groups: list[weights.ShardingGroup] = []
         # Whole tensors of a checkpoint, until the parameters whose shards they become are known.
         self._loaded: dict[str, Tensor] | None = None
 
     def bind(self, module: nn.Module, parameters: Parameters) -> None:
         """Average these parameters of this module from now on; :meth:`start` follows when they hold their values."""
         self._module = module
+        self._groups = weights.sharding_groups(module)
         self.parameters = dict(parameters)
 
     def start(self) -> None:
@@ -114,7 +116,7 @@ class SlowWeights:
         """A context in which the parameters hold the averages."""
         assert self._module is not None
         here = {name: self.shards[name] for name in self.parameters}
-        return weights.swapped(self._module, here, self.parameters)
+        return weights.swapped(self._module, here, self.parameters, self._groups)
 
     def write(self) -> None:
         """Leave the averages in the parameters."""

@@ -65,13 +65,16 @@ def reshard(module: nn.Module) -> None:
     After a forward pass the root group stays gathered; a swap of its shards would then go unnoticed. Without FSDP
     this does nothing.
     """
-    for group in _groups(module):
+    for group in sharding_groups(module):
         group.scatter()
 
 
 @contextmanager
 def swapped(
-    module: nn.Module, tensors: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter] | None = None
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    parameters: Mapping[str, nn.Parameter] | None = None,
+    groups: list[ShardingGroup] | None = None,
 ) -> Iterator[None]:
     """Hold other values in the named parameters while the context lasts.
 
@@ -82,13 +85,14 @@ def swapped(
     Args:
         module: the module whose parameters change.
         tensors: local shards by parameter name, in any floating-point dtype; they are only read.
-        parameters: the module's parameters by the same names, where the caller has them already (a large model takes
-            milliseconds to list).
+        parameters: the module's parameters by the same names, where the caller has them already. Walking through a
+            large model takes milliseconds, which a swap in each step need not spend.
+        groups: its :func:`sharding_groups`, likewise.
 
     Raises:
         ValueError: if a name is not a parameter of the module, or a tensor has another shape than this rank's shard.
     """
-    groups = _groups(module)
+    groups = sharding_groups(module) if groups is None else groups
     running = [group for group in groups if group.running()]
     for group in groups:
         group.scatter()
@@ -110,7 +114,9 @@ def swapped(
         targets.append(target)
         values.append(value)
     with torch.no_grad():
-        saved = [target.clone() for target in targets]
+        saved = [torch.empty_like(target) for target in targets]
+        if targets:
+            torch._foreach_copy_(saved, targets)
         _copy(targets, values)
     try:
         for group in running:
@@ -136,7 +142,9 @@ def adapters_disabled(module: nn.Module) -> Iterator[None]:
     """
     # PEFT's own `enable_adapters(False)` also clears `requires_grad` of the adapters, which would detach them from the
     # optimizer's view of the model in the middle of a step; only the flag that forward reads is touched here.
-    layers: list[Any] = [m for m in module.modules() if isinstance(getattr(m, "_disable_adapters", None), bool)]
+    layers: list[Any] = [
+        m for m in module.modules() if "_disable_adapters" in m.__dict__ or hasattr(type(m), "_disable_adapters")
+    ]
     before = [layer._disable_adapters for layer in layers]
     for layer in layers:
         layer._disable_adapters = True
@@ -149,7 +157,7 @@ def adapters_disabled(module: nn.Module) -> Iterator[None]:
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether any parameter is spread over ranks (FSDP1, FSDP2, tensor parallelism)."""
-    return bool(_groups(module)) or any(hasattr(p, "to_local") for p in module.parameters())
+    return bool(sharding_groups(module)) or any(hasattr(p, "to_local") for p in module.parameters())
 
 
 def gather(
@@ -235,7 +243,7 @@ def _copy(targets: list[Tensor], values: list[Tensor]) -> None:
             torch._foreach_copy_(targets, values)
 
 
-class _Group:
+class ShardingGroup:
     """A set of parameters that FSDP gathers and frees together, the same for FSDP1 and FSDP2.
 
     The calls are private to PyTorch: the public ``reshard()`` of FSDP2 does nothing while a root group is in its
@@ -246,10 +254,12 @@ class _Group:
         self.running, self.scatter, self.gather = running, scatter, gather
 
 
-def _groups(module: nn.Module) -> list[_Group]:
+def sharding_groups(module: nn.Module) -> list[ShardingGroup]:
+    """The groups of parameters that FSDP1 or FSDP2 has made in ``module``; they stay the same once it is sharded."""
     groups = []
     for part in module.modules():
-        if hasattr(part, "_get_fsdp_state") and hasattr(part, "unshard"):
+        # Asked of the class: on an instance of `nn.Module`, looking for what is not there is slow.
+        if hasattr(type(part), "_get_fsdp_state") and hasattr(type(part), "unshard"):
             groups += [_fsdp2_group(part, group) for group in _fsdp2_parameter_groups(part)]
         elif type(part).__name__ == "FullyShardedDataParallel" and getattr(part, "_handle", None) is not None:
             groups.append(_fsdp1_group(part))
@@ -263,7 +273,7 @@ def _fsdp2_parameter_groups(part: Any) -> list[Any]:
     return [state._fsdp_param_group] if state._fsdp_param_group is not None else []  # before PyTorch 2.12
 
 
-def _fsdp2_group(part: Any, group: Any) -> _Group:
+def _fsdp2_group(part: Any, group: Any) -> ShardingGroup:
     def scatter() -> None:
         # A prefetched gather that still runs would deliver the values of before the exchange: let it end first.
         if group._all_gather_result is not None:
@@ -273,10 +283,10 @@ def _fsdp2_group(part: Any, group: Any) -> _Group:
     def running() -> bool:
         return group.is_unsharded and group._training_state.name == "FORWARD"
 
-    return _Group(running, scatter, part.unshard)
+    return ShardingGroup(running, scatter, part.unshard)
 
 
-def _fsdp1_group(part: Any) -> _Group:
+def _fsdp1_group(part: Any) -> ShardingGroup:
     from torch.distributed.fsdp import _runtime_utils
 
     handle = part._handle
@@ -295,7 +305,7 @@ def _fsdp1_group(part: Any) -> _Group:
             _runtime_utils._unshard(part, handle, part._unshard_stream, part._pre_unshard_stream)
         part._device_handle.current_stream().wait_stream(part._unshard_stream)
 
-    return _Group(running, scatter, gather)
+    return ShardingGroup(running, scatter, gather)
 
 
 class _FlatLayout:
