@@ -350,7 +350,7 @@ class _Decoder:
         try:
             with torch.cuda.stream(stream):
                 # Outside the recording: lazy allocations of the cache, library handles, compilation.
-                attention.visible = min(self.room, _STRETCH)
+                attention.visible = self._stretch(0)
                 for _ in range(2):
                     step()
             torch.cuda.current_stream(self.device).wait_stream(stream)
