@@ -30,6 +30,7 @@ from lightning_cl.strategies.blocks import compile_blocks, enable_activation_che
 from lightning_cl.strategies.checkpoint import METADATA, AtomicCheckpointIO, CheckpointContents, load_checkpoint
 from lightning_cl.strategies.config import QuantizationConfig
 from lightning_cl.strategies.files import to_safe
+from lightning_cl.strategies.quantization import Probe, adopted, quantize
 from lightning_cl.strategies.record import note_trainable, record_of
 
 
@@ -227,11 +228,9 @@ class CLFSDPStrategy(ModelParallelStrategy):
 
         def before_block(name: str) -> None:
             nonlocal probe
-            if self.quantization is not None:
-                from lightning_cl.strategies.quantization import Probe, quantize
-
+            if self.quantization is not None or adopted(module):
                 done = quantize(module, self.quantization, self.root_device, dtype, part=name, shardable=True)
-                if probe is None and done and self.quantization.check:
+                if probe is None and done and (self.quantization is None or self.quantization.check):
                     probe = Probe(module, done[0])
             # Block by block, so that a model which is mapped from its file is never in memory as a whole.
             self.precision_plugin.convert_module(module.get_submodule(name))

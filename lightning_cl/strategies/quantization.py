@@ -23,7 +23,7 @@ _HEADS = ("lm_head", "head", "classifier", "score", "output_layer")
 
 def quantize(
     module: nn.Module,
-    config: QuantizationConfig,
+    config: QuantizationConfig | None,
     device: torch.device,
     dtype: torch.dtype,
     part: str = "",
@@ -36,7 +36,7 @@ def quantize(
 
     Args:
         module: the whole module.
-        config: what and how.
+        config: what and how; None only adopts.
         device: where the packed weights go.
         dtype: compute dtype, in which the packed bytes are stored too.
         part: look inside this submodule only.
@@ -54,16 +54,15 @@ def quantize(
     for name, theirs in adopted(module, prefix):
         _adopt(theirs, dtype, shardable)
         done.append(name)
-    for name in candidates(module, config):
-        if not name.startswith(prefix):
-            continue
-        layer: Any = module.get_submodule(name)
-        packed = _pack(layer, config, device, dtype, shardable)
-        _replace(module, name, packed)
-        done.append(name)
+    if config is not None:
+        for name in candidates(module, config):
+            if name.startswith(prefix):
+                layer: Any = module.get_submodule(name)
+                _replace(module, name, _pack(layer, config, device, dtype, shardable))
+                done.append(name)
     _use_peft_4bit(module, done)
     record.quantized.extend(n for n in done if n not in record.quantized)
-    if not part and not record.quantized:
+    if config is not None and not part and not record.quantized:
         raise MisconfigurationException(
             f"4-bit layers were asked for, but `{type(module).__name__}` has no frozen `nn.Linear` layer to hold in 4 bits."
             " Freeze the base (for instance with a `peft.LoraConfig`), or use a strategy without `_4bit`."
@@ -236,7 +235,7 @@ def _linear_4bit() -> type[Any]:
     return Linear4bit
 
 
-def adopted(module: nn.Module, prefix: str) -> list[tuple[str, Any]]:
+def adopted(module: nn.Module, prefix: str = "") -> list[tuple[str, Any]]:
     """Layers that bitsandbytes' own class holds in 4 bits (a model that transformers quantized)."""
     if "bitsandbytes" not in sys.modules:
         return []

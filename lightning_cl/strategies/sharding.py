@@ -39,7 +39,8 @@ def shard_module(
     from torch.distributed.fsdp import fully_shard
 
     # A scalar cannot be sharded; the frozen ones stay whole on every rank.
-    options["ignored_params"] = {p for p in module.parameters() if p.dim() == 0}
+    if scalars := {p for p in module.parameters() if p.dim() == 0}:
+        options["ignored_params"] = scalars
     inside: set[int] = set()
     for name in blocks:
         block = module.get_submodule(name)

@@ -18,6 +18,7 @@ from lightning_cl.strategies import checks, config
 from lightning_cl.strategies.blocks import compile_blocks, enable_activation_checkpointing
 from lightning_cl.strategies.checkpoint import AtomicCheckpointIO, CheckpointContents, load_checkpoint
 from lightning_cl.strategies.config import QuantizationConfig
+from lightning_cl.strategies.quantization import adopted, quantize
 from lightning_cl.strategies.record import record_of
 from lightning_cl.strategies.shards import StoredTensor
 
@@ -113,9 +114,7 @@ class CLSingleDeviceStrategy(SingleDeviceStrategy):
         problems += checks.single_device(module)
         checks.raise_together(problems)
         self.contents.prepare(module)
-        if self.quantization is not None:
-            from lightning_cl.strategies.quantization import quantize
-
+        if self.quantization is not None or adopted(module):
             quantize(module, self.quantization, self.root_device, checks.compute_dtype(self.precision_plugin))
         if self.activation_checkpointing:
             enable_activation_checkpointing(module)

@@ -56,7 +56,7 @@ def score(folder: Path, devices: int, rows: int, batch: int, loaders: int = 1) -
     return found
 
 
-CASES = [(101, 10, 1), (101, 8, 1), (101, 1, 1), (1, 4, 1), (21, 5, 2)]
+CASES = [(101, 10, 1), (101, 8, 1), (21, 1, 1), (1, 4, 1), (21, 5, 2)]
 
 
 def scores(rank: int, folder: Path) -> Any:

@@ -137,6 +137,24 @@ def four_bit(rank: int, folder: Path) -> Any:
     return workers.whole(module)
 
 
+def their_four_bit(rank: int, folder: Path) -> Any:
+    """A model that transformers' own class holds in 4 bits, under the strategy without quantization."""
+    import bitsandbytes as bnb
+
+    module = workers.plain(also=("norm",), optimizer="sgd")
+    for layer in module.model.base_model.model.model.layers:
+        linear = layer.mlp.up_proj
+        theirs = bnb.nn.Linear4bit(32, 64, bias=False, quant_type="nf4", quant_storage=torch.float32)
+        theirs.weight = bnb.nn.Params4bit(
+            linear.weight.data, quant_type="nf4", quant_storage=torch.float32, module=theirs
+        ).to("cpu")
+        layer.mlp.up_proj = theirs
+    if rank < 0:
+        return module
+    workers.trainer(folder).fit(module, models.loader(16, 4))
+    return workers.whole(module)
+
+
 def four_bit_bf16(rank: int, folder: Path) -> Any:
     """bfloat16 and mixed precision, each with recomputation; storage follows the compute dtype."""
     found = {}
@@ -236,6 +254,7 @@ ALL = [
     slow_weights,
     any_module,
     four_bit,
+    their_four_bit,
     four_bit_bf16,
     options,
     probe,

@@ -224,6 +224,7 @@ def _sharded(rank: int, folder: Path) -> None:
     trainer.save_checkpoint(folder / "run.ckpt")
 
 
+@pytest.mark.slow
 def test_two_ranks_export_what_one_reads_from_their_checkpoint(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 

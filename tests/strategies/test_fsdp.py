@@ -95,6 +95,12 @@ def test_4bit_under_fsdp_equals_4bit_on_one_device(ranks: Any, tmp_path: Path) -
     workers.close(workers.result(ranks, "four_bit")[0], expected, atol=1e-5)
 
 
+def test_4bit_layers_of_transformers_under_fsdp(ranks: Any, tmp_path: Path) -> None:
+    module = fsdp_scenarios.their_four_bit(-1, tmp_path)
+    expected = _one(tmp_path, module, workers.rows_of_ranks(16, 4, 2))
+    workers.close(workers.result(ranks, "their_four_bit")[0], expected, atol=1e-5)
+
+
 def test_4bit_storage_follows_the_compute_dtype(ranks: Any) -> None:
     found = workers.result(ranks, "four_bit_bf16")[0]
     assert {dtype for dtype, _ in found.values()} == {torch.bfloat16}

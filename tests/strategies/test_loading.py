@@ -76,6 +76,7 @@ def _own_memory(rank: int, folder: Path) -> None:
     spawn.save(folder, rank, (after_loading, anonymous() - before))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's account of anonymous memory")
 def test_two_ranks_hold_one_copy_of_the_base(tmp_path: Path) -> None:
     model: Any = models.tiny_llama(hidden_size=512, intermediate_size=1536, num_hidden_layers=12)
