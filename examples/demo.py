@@ -27,7 +27,7 @@ from lightning_cl.callbacks import (
 )
 from lightning_cl.metrics import TaskMatrix
 from lightning_cl.replay import EpisodicMemory, GeneralSamples, SelfGenerated
-from lightning_cl.report import plots, results, tables
+from lightning_cl.report import plots, tables
 
 TASKS = ["topics", "reviews", "sarcasm", "tweets"]
 # Rows of each task. On two CPU cores a row of training costs about as much as three of evaluation.
@@ -81,6 +81,8 @@ def run(method: str, seed: int, device: str, out: Path) -> tuple[TaskMatrix, flo
         schedule="linear",
         warmup=0.1,
         dtype="bfloat16",
+        # Short rows on a CPU: the plain attention kernels are the faster ones there.
+        model_kwargs={"attn_implementation": "eager"},
     )
     monitor = ForgettingMonitor("test_accuracy", dirpath=str(out / method), print_table=False)
     trainer = pl.Trainer(
@@ -127,7 +129,6 @@ def main() -> None:
         console.rule(method)
         matrices[method], seconds = run(method, arguments.seed, arguments.device, arguments.out)
         console.print(tables.matrix_table(matrices[method], title=f"{method}: accuracy and intervals ({seconds:.0f} s)"))
-        results.write(arguments.out / method, matrices[method], {"seconds": seconds, "seed": arguments.seed})
         plots.heat_map(matrices[method], title=method).savefig(arguments.out / f"{method}.heat_map.png", dpi=120)
         plots.curves(matrices[method], title=method).savefig(arguments.out / f"{method}.curves.png", dpi=120)
     console.print(tables.summary_table(matrices))

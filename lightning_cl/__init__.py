@@ -4,10 +4,7 @@
 import importlib
 from typing import Any
 
-try:  # TEMPORARY while strategies are being written
-    import lightning_cl.strategies as strategies
-except ImportError:
-    pass
+import lightning_cl.strategies as strategies
 
 __version__ = "0.1.0.dev0"
 
@@ -19,7 +16,7 @@ _PUBLIC = {
     "fit_stream": "lightning_cl.stream",
     "replay_rows": "lightning_cl.attachment",
 }
-_SUBPACKAGES = ("callbacks", "data", "functional", "metrics", "modules", "replay", "report", "stream")
+_SUBPACKAGES = ("callbacks", "connectivity", "data", "functional", "metrics", "modules", "replay", "report", "routing", "stream")
 
 __all__ = ["CausalLMModule", "Task", "TaskStream", "fit_stream", "replay_rows", "strategies"]
 

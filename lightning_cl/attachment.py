@@ -55,7 +55,7 @@ def replay_rows(batch: Any) -> Tensor:
 
     mask = torch.zeros(layout_of(batch).rows, dtype=torch.bool)
     step = _running.step if _running is not None else None
-    if step is not None and step.batch is batch and step.replay.count:
+    if step is not None and step.batch is batch and step.replay.layout == "joined" and step.replay.count:
         mask[-step.replay.count :] = True
     return mask
 
@@ -240,10 +240,14 @@ class Attachment:
 
     def _training_step(self, original: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any) -> Any:
         global _running
+        if not self.trainer.training:
+            # A module may call its own `training_step` while it validates.
+            return original(batch, *args, **kwargs)
         self._finite.check()
-        added = self._pending if self._pending is not None and self._pending.batch is batch else Added(batch)
+        # Not told by identity: DDP and FSDP1 rebuild the batch on its way. Kept for the step's further closures (LBFGS).
+        added = self._pending or Added(batch)
         batch_idx = args[0] if args else kwargs.get("batch_idx", 0)
-        step = self.step = Step(batch, batch_idx, added.replay)
+        step = self.step = Step(batch, batch_idx, added.replay, replay_batch=added.separate)
         self._row_losses, self._backwards = None, 0
         _running = self
         try:

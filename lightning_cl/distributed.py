@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 # One gloo group per default group, so that a decision in the training loop never waits for the accelerator's queue.
 _groups: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
@@ -67,4 +68,7 @@ def raise_together(error: Exception | None) -> None:
     if error is not None and len({text for _, text in messages.values()}) == 1:
         raise error
     text = "; ".join(f"rank {r}: {name}: {message}" for r, (name, message) in messages.items())
+    # A wrong setting is the same kind of error on the ranks that could not see it.
+    if {name for name, _ in messages.values()} == {MisconfigurationException.__name__}:
+        raise MisconfigurationException(text) from error
     raise (type(error)(text) if error is not None else RuntimeError(text)) from error

@@ -101,6 +101,7 @@ class Step:
     Attributes:
         batch: the batch that ``training_step`` was given, replay rows included where they are joined.
         batch_idx: its index.
+        replay_batch: the replay rows' own batch, where they have a pass of their own; else None.
         replay: the replay rows.
         activations: output of each watched module on the replay rows, ``[R, T, D]`` or ``[R, D]``, with its graph.
         reference: the same from each reference pass, by the pass's key, without a graph.
@@ -113,3 +114,4 @@ class Step:
     activations: dict[str, Tensor] = field(default_factory=dict)
     reference: dict[Hashable, dict[str, Tensor]] = field(default_factory=dict)
     task_loss: Tensor | None = None
+    replay_batch: Any = None

@@ -112,7 +112,7 @@ def test_the_wheel_carries_the_catalogue(wheel: Path, tmp_path: Path) -> None:
 def test_the_repository_names_no_machine() -> None:
     """No file names a path of a development machine or a package registry's host."""
     files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
-    pattern = re.compile("/" + r"work/|/root/|files\.pythonhosted|pypi\.org/simple")
+    pattern = re.compile("/" + r"work/|" + "/" + r"root/|files\.pythonhosted|pypi\.org/simple")
     for name in files:
         path = ROOT / name
         if path.suffix in (".py", ".md", ".toml", ".yaml", ".txt", ".sh", ".html", "") and path.is_file():

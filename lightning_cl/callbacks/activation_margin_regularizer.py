@@ -262,10 +262,7 @@ class ActivationMarginRegularizer(ContinualCallback):
 
     def _covered_sources(self, sources: list[Any]) -> set[str]:
         """Sources whose rows the term holds: the initial model has never learnt what a memory of past tasks keeps."""
-        from lightning_cl.replay.episodic_memory import EpisodicMemory
-
-        past = [s for s in sources if getattr(s, "holds_past_tasks", isinstance(s, EpisodicMemory))]
-        return {s.name for s in sources if self.anchor == "previous_task" or s not in past}
+        return {s.name for s in sources if self.anchor == "previous_task" or not s.holds_past_tasks}
 
     # ---------------------------------------------------------------------- the step
 

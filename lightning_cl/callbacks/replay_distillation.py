@@ -190,7 +190,7 @@ class ReplayDistillation(ContinualCallback):
     def _kind(self, source: Any) -> _Kind:
         if self.anchor != "auto":
             return self.anchor
-        past = getattr(source, "holds_past_tasks", type(source).__name__ == "EpisodicMemory")
+        past = source.holds_past_tasks
         return "previous_task" if past and self.reference is None else "initial"
 
     @contextmanager

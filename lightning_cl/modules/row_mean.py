@@ -34,8 +34,9 @@ class RowMean(Metric):
 
     def update(self, scores: Tensor) -> None:
         """Add the scores ``[rows]``."""
-        self.total += scores.float().sum()
-        self.count += scores.numel()
+        # Not in place: a state made under inference mode may be updated outside of it.
+        self.total = self.total + scores.float().sum()
+        self.count = self.count + scores.numel()
 
     def compute(self) -> Tensor:
         """The mean; NaN before the first row."""

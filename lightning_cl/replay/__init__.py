@@ -10,9 +10,10 @@ _PUBLIC = {
     "ReplaySource": "source",
     "Row": "rows",
     "SelfGenerated": "self_generated",
+    "WeightAnchor": "anchor",
 }
 
-__all__ = ["EpisodicMemory", "GeneralSamples", "ReplaySource", "Row", "SelfGenerated"]
+__all__ = ["EpisodicMemory", "GeneralSamples", "ReplaySource", "Row", "SelfGenerated", "WeightAnchor"]
 
 
 def __getattr__(name: str) -> Any:

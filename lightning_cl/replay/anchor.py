@@ -69,6 +69,8 @@ class WeightAnchor:
             MisconfigurationException: if ``values`` lacks a trained parameter.
         """
         weights.reshard(module)
+        # What a checkpoint brought is older than the present values, and must not settle over them later.
+        self._whole = None
         self._parameters = {n: p for n, p in weights.trainable(module).items() if n in set(self.names(module))}
         if values is None:
             self._shards = {name: self._kept(weights.local(p)) for name, p in self._parameters.items()}

@@ -52,6 +52,8 @@ class EpisodicMemory(ReplaySource):
         2
     """
 
+    holds_past_tasks = True
+
     def __init__(
         self,
         capacity: int,

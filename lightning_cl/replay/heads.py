@@ -90,19 +90,7 @@ def check_head(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
 
 
 def replay_tokens(step: Step) -> Tensor:
-    """Token ids of the replay rows ``[R, T]``.
-
-    Raises:
-        MisconfigurationException: if the batch that the network saw does not hold them.
-    """
-    batch = getattr(step, "replay_batch", None)
-    rows = step.replay
-    if batch is None:
-        if rows.layout == "separate":
-            raise MisconfigurationException(
-                '`ReplayDistillation(objective="labels")` reads the replay rows\' tokens from the joined batch, and this'
-                ' step\'s rows had a pass of their own. Use `ReplayMixer(layout="joined")`, or'
-                ' `objective="distillation"`.'
-            )
-        return rows.select(layout_of(step.batch).leaves["input_ids"])
-    return layout_of(batch).leaves["input_ids"]
+    """Token ids of the replay rows ``[R, T]``."""
+    if step.replay_batch is not None:
+        return layout_of(step.replay_batch).leaves["input_ids"]
+    return step.replay.select(layout_of(step.batch).leaves["input_ids"])

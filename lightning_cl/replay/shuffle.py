@@ -18,7 +18,7 @@ def _mix(x: int) -> int:
     return x ^ (x >> 31)
 
 
-def permuted(index: int, n: int, key: int) -> int:
+def permuted(index: int, n: int, keys: tuple[int, int, int]) -> int:
     """Where a pseudo-random permutation of ``range(n)`` sends ``index``.
 
     A Feistel network over the smallest even number of bits that holds ``n``, walked until it lands inside: a bijection
@@ -28,11 +28,18 @@ def permuted(index: int, n: int, key: int) -> int:
     mask = (1 << half) - 1
     while True:
         left, right = index >> half, index & mask
-        for turn in range(3):
-            left, right = right, left ^ (_mix(key + turn * 0x632BE59BD9B4E019 + right) & mask)
+        for key in keys:
+            # One multiplication spreads the right half and the key over the upper bits, which are the ones taken.
+            spread = ((right ^ key) * 0x9E3779B97F4A7C15) & _MASK
+            left, right = right, left ^ (((spread ^ (spread >> 29)) * 0xBF58476D1CE4E5B9 & _MASK) >> 40) & mask
         index = (left << half) | right
         if index < n:
             return index
+
+
+def round_keys(seed: int) -> tuple[int, int, int]:
+    """The keys of one permutation."""
+    return _mix(seed), _mix(seed + 1), _mix(seed + 2)
 
 
 class ShuffledWalk:
@@ -67,10 +74,12 @@ class ShuffledWalk:
             self._passes_before = _mix(self._passes_before + self._n)
             self._n, self._steps = n, 0
         first, self._steps = self._steps, self._steps + count
-        drawn = []
+        drawn, turn_of_keys, keys = [], -1, (0, 0, 0)
         for step in range(first, self._steps):
             turn, offset = divmod(step * world_size + rank, n)
-            drawn.append(permuted(offset, n, _mix(self._seed ^ _mix(self._passes_before + turn))))
+            if turn != turn_of_keys:
+                turn_of_keys, keys = turn, round_keys(self._seed ^ _mix(self._passes_before + turn))
+            drawn.append(permuted(offset, n, keys))
         return drawn
 
     def state_dict(self) -> dict[str, Any]:

@@ -21,6 +21,9 @@ class ReplaySource(ABC):
     :meth:`prepare`, :meth:`start`, then :meth:`observe` and :meth:`draw` in each step, then :meth:`end_task`.
     """
 
+    #: Whether the rows come from earlier tasks, which the model before the first task never learnt.
+    holds_past_tasks: bool = False
+
     @property
     def name(self) -> str:
         """How rows of this source are labelled in ``step.replay.sources``: the class's name."""
