@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -21,6 +21,7 @@ from lightning_cl.strategies import shards
 from lightning_cl.strategies.adapters import describe
 from lightning_cl.strategies.files import (
     DamagedCheckpointError,
+    aside,
     drop_unsafe,
     load_file,
     save_file,
@@ -71,9 +72,8 @@ class AtomicCheckpointIO(CheckpointIO):
         """
         _refuse_options(storage_options)
         _refuse_remote(path)
-        if os.path.isdir(path):
-            shutil.rmtree(path)
-        save_file(to_safe(checkpoint), path)
+        with aside(Path(path) if os.path.isdir(path) else None):
+            save_file(to_safe(checkpoint), path)
 
     def load_checkpoint(
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = None

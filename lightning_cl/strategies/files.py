@@ -7,9 +7,11 @@ import hashlib
 import io
 import os
 import secrets
+import shutil
 import struct
 from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO
@@ -89,6 +91,30 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], o
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def aside(old: Path | None) -> Iterator[None]:
+    """Keep a checkpoint of the other kind (file or folder) beside the new one's place until that is written.
+
+    Args:
+        old: what is to be replaced, or None for nothing.
+    """
+    if old is None:
+        yield
+        return
+    kept = old.with_name(f".{old.name}.replaced")
+    os.replace(old, kept)
+    try:
+        yield
+    except BaseException:
+        if not old.exists():
+            os.replace(kept, old)
+        raise
+    if kept.is_dir():
+        shutil.rmtree(kept)
+    else:
+        kept.unlink()
 
 
 def sync_folder(folder: Path) -> None:

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """FSDP2 for any LightningModule, on GPUs or CPUs, with adapter-only checkpoints and, if wanted, a 4-bit base."""
 
-import hashlib
-import io
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -27,9 +25,9 @@ from lightning_cl import weights
 from lightning_cl.distributed import gather_objects
 from lightning_cl.strategies import checks, config, evaluation, sharding, shards
 from lightning_cl.strategies.blocks import compile_blocks, enable_activation_checkpointing, find_shard_blocks
-from lightning_cl.strategies.checkpoint import METADATA, AtomicCheckpointIO, CheckpointContents, load_checkpoint
+from lightning_cl.strategies.checkpoint import AtomicCheckpointIO, CheckpointContents, load_checkpoint
 from lightning_cl.strategies.config import QuantizationConfig
-from lightning_cl.strategies.files import to_safe
+from lightning_cl.strategies.files import aside
 from lightning_cl.strategies.quantization import Probe, adopted, quantize
 from lightning_cl.strategies.record import note_trainable, record_of
 
@@ -384,13 +382,10 @@ class CLFSDPStrategy(ModelParallelStrategy):
         assert self.lightning_module is not None
         path = Path(self.broadcast(filepath))
         self.contents.finish(self.lightning_module, checkpoint)
-        checkpoint[METADATA]["world_size"] = self.world_size
-        checkpoint[METADATA]["ranks"] = self._states_of_other_ranks(checkpoint)
         if self._save_distributed_checkpoint:
-            if path.is_file() and self.is_global_zero:
-                path.unlink()
-            self.barrier()
-            shards.save_folder(checkpoint, path, self.global_rank)
+            with aside(path if self.is_global_zero and path.is_file() else None):
+                self.barrier()
+                shards.save_folder(checkpoint, path, self.global_rank)
             return
         error: Exception | None = None
         if self.is_global_zero:
@@ -403,14 +398,6 @@ class CLFSDPStrategy(ModelParallelStrategy):
             raise error
         if message is not None:
             raise OSError(f"Rank 0 could not write the checkpoint: {message}")
-
-    def _states_of_other_ranks(self, checkpoint: dict[str, Any]) -> dict[int, dict[str, Any]]:
-        """What differs between the ranks (samplers, buffers, random states), by rank, for ranks other than 0."""
-        own = _flat_state(checkpoint)
-        digests = {key: _digest(value) for key, value in own.items()}
-        reference = gather_objects(digests)[0]
-        mine = {key: value for key, value in own.items() if digests[key] != reference.get(key)}
-        return {rank: state for rank, state in enumerate(gather_objects(mine)) if rank > 0 and state}
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
@@ -427,14 +414,6 @@ class CLFSDPStrategy(ModelParallelStrategy):
             raise error
         if messages:
             raise RuntimeError(f"Another rank could not read the checkpoint: {messages[0]}")
-        metadata = checkpoint.get(METADATA, {})
-        if metadata.get("world_size") == self.world_size:
-            for key, value in metadata["ranks"].get(self.global_rank, {}).items():
-                name, _, callback = key.partition("/")
-                if callback:
-                    checkpoint[name][callback] = value
-                else:
-                    checkpoint[name] = value
         return checkpoint
 
     @override
@@ -466,16 +445,3 @@ def _like_parameter(parameter: Tensor, value: Any) -> Any:
             return shards.like(parameter, value)
         return value.read() if isinstance(value, shards.StoredTensor) else value.clone()
     return value
-
-
-def _flat_state(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint's entries that may differ between ranks; callbacks one by one."""
-    flat = {k: v for k, v in checkpoint.items() if k not in ("state_dict", "optimizer_states", "callbacks", METADATA)}
-    flat.update({f"callbacks/{k}": v for k, v in checkpoint.get("callbacks", {}).items()})
-    return {key: to_safe(value) for key, value in flat.items()}
-
-
-def _digest(value: Any) -> str:
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return hashlib.sha256(buffer.getvalue()).hexdigest()

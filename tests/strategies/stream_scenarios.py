@@ -22,6 +22,7 @@ def run(
     folder: Path, strategy: Any, devices: int, callbacks: list[Any], ckpt_path: str | None = None, **kwargs: Any
 ) -> Any:
     """Two tasks and a probe, on one process with batches of 8 or on two with 4 each."""
+    torch.manual_seed(0)
     module = lightning_cl.CausalLMModule(
         models.tiny_llama(), lora={"r": 4}, tokenizer=models.tiny_tokenizer(), lr=1e-2, max_new_tokens=4
     )
@@ -73,7 +74,8 @@ def all_on(rank: int, folder: Path) -> Any:
     try:
         run(folder / "broken", workers.strategy(quantization="nf4"), 2, [*five_callbacks(), Stop()])
     except RuntimeError as error:
-        assert "broken off" in str(error)
+        if "broken off" not in str(error):
+            raise
     resumed = run(folder / "broken", workers.strategy(quantization="nf4"), 2, five_callbacks(), ckpt_path="last")
     return unbroken, resumed
 

@@ -62,12 +62,6 @@ def test_two_ranks_resume_bit_for_bit(shared: Any, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
-def test_each_rank_gets_its_own_callback_state_back(shared: Any, kind: str) -> None:
-    for rank, found in enumerate(workers.result(shared[1], "resume")):
-        assert found[f"{kind}_rank"] == (rank, [float(rank)] * 3)
-
-
-@pytest.mark.parametrize("kind", ["file", "folder"])
 def test_one_process_goes_on_from_two(shared: Any, tmp_path: Path, kind: str) -> None:
     folder, results = shared
     module = workers.plain()
@@ -235,6 +229,18 @@ def test_a_full_disk_leaves_the_last_good_file(saved: Path, monkeypatch: pytest.
         AtomicCheckpointIO().save_checkpoint({"x": torch.ones(3)}, saved)
     assert saved.read_bytes() == before
     assert list(saved.parent.glob(".*")) == []
+
+
+def test_a_file_takes_the_place_of_a_folder_only_when_it_is_written(tmp_path: Path) -> None:
+    old = tmp_path / "a.ckpt"
+    old.mkdir()
+    (old / "meta.pt").touch()
+    with pytest.raises(TypeError, match=r"`checkpoint.x` is a `Thing`"):
+        AtomicCheckpointIO().save_checkpoint({"x": Thing()}, old)
+    assert (old / "meta.pt").exists()
+    AtomicCheckpointIO().save_checkpoint({"x": 1}, old)
+    assert files.load_file(old) == {"x": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.ckpt"]
 
 
 def test_a_device_that_is_really_full(tmp_path: Path) -> None:

@@ -39,9 +39,8 @@ def run_scenarios(rank: int, folder: Path, scenarios: list[Scenario]) -> None:
 
 def result(results: list[dict[str, Any]], name: str) -> list[Any]:
     """Each rank's result of a scenario; fails with its traceback if it raised."""
-    for rank, found in enumerate(results):
-        if isinstance(found[name], str) and found[name].startswith("Traceback"):
-            raise AssertionError(f"rank {rank}: {found[name]}")
+    raised = [f"rank {i}: {r[name]}" for i, r in enumerate(results) if str(r[name]).startswith("Traceback")]
+    assert not raised, "\n".join(raised)
     return [found[name] for found in results]
 
 
