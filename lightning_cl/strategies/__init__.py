@@ -21,8 +21,8 @@ __all__ = ["CLFSDPStrategy", "CLSingleDeviceStrategy", "QuantizationConfig"]
 def _register() -> None:
     for name, strategy, bits in (
         ("cl_single_device", CLSingleDeviceStrategy, ""),
-        ("cl_fsdp", CLFSDPStrategy, ""),
         ("cl_single_device_4bit", CLSingleDeviceStrategy, ", frozen linear layers in 4 bits (NF4)"),
+        ("cl_fsdp", CLFSDPStrategy, ""),
         ("cl_fsdp_4bit", CLFSDPStrategy, ", frozen linear layers in 4 bits (NF4)"),
     ):
         where = "one device" if strategy is CLSingleDeviceStrategy else "FSDP2"
