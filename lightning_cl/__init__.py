@@ -16,7 +16,18 @@ _PUBLIC = {
     "fit_stream": "lightning_cl.stream",
     "replay_rows": "lightning_cl.attachment",
 }
-_SUBPACKAGES = ("callbacks", "connectivity", "data", "functional", "metrics", "modules", "replay", "report", "routing", "stream")
+_SUBPACKAGES = (
+    "callbacks",
+    "connectivity",
+    "data",
+    "functional",
+    "metrics",
+    "modules",
+    "replay",
+    "report",
+    "routing",
+    "stream",
+)
 
 __all__ = ["CausalLMModule", "Task", "TaskStream", "fit_stream", "replay_rows", "strategies"]
 

@@ -79,11 +79,12 @@ def get_submodule(module: nn.Module, name: str) -> nn.Module:
     )
 
 
-def find_backbone(module: nn.Module) -> tuple[str, nn.Module]:
+def find_backbone(module: nn.Module, layer: str | None = None) -> tuple[str, nn.Module]:
     """The network whose forward maps inputs to hidden states, without a language-model head where there is one.
 
     A Hugging Face model gives its backbone (``LlamaForCausalLM`` gives ``LlamaModel``), so that a pass through it
-    computes no logits. Any other module gives itself if it defines ``forward``, else its only child with parameters.
+    computes no logits. Any other module gives itself if it defines ``forward``, else its only child with parameters, or
+    the one that holds ``layer``.
 
     Raises:
         MisconfigurationException: if several children could be the network.
@@ -95,12 +96,15 @@ def find_backbone(module: nn.Module) -> tuple[str, nn.Module]:
     if _defines_forward(module):
         return "", module
     children = [(n, c) for n, c in module.named_children() if any(True for _ in c.parameters())]
+    if len(children) > 1 and layer is not None:
+        part = get_submodule(module, layer)
+        children = [(n, c) for n, c in children if any(inner is part for inner in c.modules())]
     if len(children) == 1:
         return children[0]
     raise MisconfigurationException(
         f"`{type(module).__name__}` defines no `forward` and has {len(children)} children with parameters"
-        f" ({', '.join(n for n, _ in children) or 'none'}), so its network cannot be guessed. Define `forward`, or pass"
-        " `network=` with the name of the submodule that is called on the batch."
+        f" ({', '.join(n for n, _ in children) or 'none'}), so its network cannot be guessed. Define `forward`, or name"
+        " a layer of the network that is meant (`layers=[...]`, `feature_layer=...`)."
     )
 
 

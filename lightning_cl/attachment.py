@@ -456,6 +456,8 @@ def _silent(module: pl.LightningModule) -> Any:
 
 def _is_compiled(module: nn.Module) -> bool:
     return any(
-        getattr(part, "_compiled_call_impl", None) is not None or hasattr(part, "_orig_mod")
+        getattr(part, "_compiled_call_impl", None) is not None
+        or hasattr(part, "_orig_mod")
+        or hasattr(part.forward, "_torchdynamo_orig_callable")
         for part in module.modules()
     )

@@ -7,7 +7,7 @@ import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
+from lightning_cl.strategies.files import load_file
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -42,5 +42,5 @@ def peek_callback_state(trainer: pl.Trainer, state_key: str) -> dict[str, Any] |
         path = path / "meta.pt"
     if not path.is_file():
         return None
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    checkpoint = load_file(path)
     return checkpoint.get("callbacks", {}).get(state_key)

@@ -163,7 +163,7 @@ class RLSRouterFitter(ContinualCallback):
             raise RuntimeError("No task has ended yet, so there is no router. Call `route` after the first fit.")
         fields = text_fields(batch)
         inputs = {k: v for k, v in fields.items() if k in ("input_ids", "attention_mask")}
-        args = () if inputs else (batch if isinstance(batch, Tensor) else batch[0],)
+        args = () if inputs else routed.arguments(batch)
         mask = prompt_mask(fields.get("attention_mask"), fields.get("labels"))
         pooled = routed.features(mask, *args, **inputs)
         return router.route(pooled)

@@ -233,7 +233,7 @@ class ActivationCollector:
             self._module.training_step(_nest(columns), 0)
         else:
             # Its training_step would step the optimizers; inputs come first in every batch.
-            anatomy.find_backbone(self._module)[1](next(iter(columns.values())))
+            anatomy.find_backbone(self._module, next(iter(self._layers)))[1](next(iter(columns.values())))
 
     def _network(self) -> nn.Module | None:
         """The module to call on token ids: the FSDP2 root around the language model if there is one, else the model."""

@@ -136,7 +136,7 @@ class ReferenceStates:
             self._warn_of_late_start(trainer, task_index)
         held = weights.adapters_disabled(module) if self._adapters_off else nullcontext()
         with held if stored else self._copy.inside(module):
-            manifest = {**settings, **self._manifest(trainer, digest)}
+            manifest = {**settings, **self._manifest(trainer, digest, layers[0])}
             self.states = self._reusable(manifest) if options.store else None
             if self.states is None:
                 collector = ActivationCollector(
@@ -164,11 +164,11 @@ class ReferenceStates:
             "anchor": self.options.anchor,
         }
 
-    def _manifest(self, trainer: pl.Trainer, rows: str) -> dict[str, Any]:
+    def _manifest(self, trainer: pl.Trainer, rows: str, layer: str) -> dict[str, Any]:
         from lightning_cl import __version__
 
         assert self._module is not None
-        network = anatomy.find_backbone(self._module)[1]
+        network = anatomy.find_backbone(self._module, layer)[1]
         dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in network.parameters()})
         return {
             "weights": weights_fingerprint(network, adapters=not self._adapters_off),

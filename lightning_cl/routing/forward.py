@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_cl import anatomy, weights
+from lightning_cl.replay.rows import layout_of
 from lightning_cl.routing.adapters import AdapterBank
 from lightning_cl.routing.features import pool, prompt_mask
 from lightning_cl.routing.router import BASE, AnalyticRouter, Routes
@@ -89,7 +90,7 @@ class RoutedForward:
         )
         # Dynamo would trace hooks into the graph, where a Python list of routes cannot be read.
         outside: Callable[[Any], Any] = torch._dynamo.disable if compiled else (lambda hook: hook)
-        backbone = anatomy.find_backbone(self.module)[1]
+        backbone = anatomy.find_backbone(self.module, self.feature_layer)[1]
         callables = [anatomy.peft_model(self.module), anatomy.pretrained_model(self.module), backbone]
         for part in {id(p): p for p in callables if p is not None}.values():
             names = list(inspect.signature(part.forward).parameters)
@@ -152,6 +153,15 @@ class RoutedForward:
         finally:
             self.enabled = before
 
+    def arguments(self, batch: Any) -> tuple[Tensor, ...]:
+        """The network's arguments in a batch that is not text: its first tensors, as many as ``forward`` requires."""
+        network = anatomy.find_backbone(self.module, self.feature_layer)[1]
+        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        parameters = inspect.signature(network.forward).parameters.values()
+        required = sum(p.kind in kinds and p.default is inspect.Parameter.empty for p in parameters)
+        tensors = [leaf for leaf in layout_of(batch).leaves.values() if isinstance(leaf, Tensor)]
+        return tuple(tensors[: max(1, required)])
+
     @torch.no_grad()
     def features(self, mask: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
         """Pooled hidden states ``[B, D]`` of a call of the network, which stops at the feature layer.
@@ -163,7 +173,7 @@ class RoutedForward:
             args: Arguments of the network (the backbone, for Hugging Face models), on any device.
             kwargs: Likewise.
         """
-        network = anatomy.find_backbone(self.module)[1]
+        network = anatomy.find_backbone(self.module, self.feature_layer)[1]
         layer = anatomy.get_submodule(self.module, self.feature_layer)
         device = next(layer.parameters(), next(network.parameters())).device
         to = [a.to(device) if isinstance(a, Tensor) else a for a in args]

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lightning_cl.strategies.checkpoint import verify_checkpoint
+from lightning_cl.strategies.files import load_file
 
 #: Written by ``fit_stream`` when a task's training has ended.
 TASK_END = "task_end.ckpt"
@@ -52,11 +54,20 @@ def damage(path: Path) -> str | None:
         if not (path / _META).is_file():
             return f"the folder has no `{_META}`"
         if not (path / ".metadata").is_file():
-            return "the folder has no `.metadata`"
+            # Our own sharded folders carry checksums instead of torch's index.
+            return _checksum_damage(path)
         return _zip_damage(path / _META)
     if not path.is_file():
         return "there is no such file"
     return _zip_damage(path)
+
+
+def _checksum_damage(path: Path) -> str | None:
+    try:
+        verify_checkpoint(path)
+    except Exception as error:
+        return str(error)
+    return None
 
 
 def _zip_damage(path: Path) -> str | None:
@@ -81,7 +92,7 @@ def peek(path: str | os.PathLike[str] | None) -> dict[str, Any]:
 
 def _load(path: Path) -> dict[str, Any]:
     # `weights_only` builds tensors and plain types alone: a file from elsewhere cannot run code.
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return load_file(path)
 
 
 def find_last(trainer: pl.Trainer, key: str, extra: Iterable[Path] = ()) -> Path | None:
