@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*LoRAInterpolator.*slow weights
 
 
 @pytest.fixture(scope="module")
-def weights_of() -> dict[tuple[str, str], dict[str, torch.Tensor]]:
+def weights_of() -> dict[tuple[str, str, str], dict[str, torch.Tensor]]:
     """Weights that a pair has trained, for the pair in the other order."""
     return {}
 
@@ -42,9 +42,9 @@ def test_two_callbacks_in_one_trainer(case: cases.Case, tmp_path: Path, weights_
     lm, trainer = cases.run(tmp_path, made)
     for callback in made:
         cases.check(callback, lm, trainer)
-    weights_of[case.first, case.second] = cases.whole(lm)
-    reverse = weights_of.get((case.second, case.first))
-    for name, value in weights_of[case.first, case.second].items() if reverse else ():
+    weights_of[case.first, case.second, case.name] = cases.whole(lm)
+    reverse = weights_of.get((case.second, case.first, case.name))
+    for name, value in weights_of[case.first, case.second, case.name].items() if reverse else ():
         torch.testing.assert_close(reverse[name], value, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
