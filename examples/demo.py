@@ -31,7 +31,7 @@ from lightning_cl.report import plots, tables
 
 TASKS = ["topics", "reviews", "sarcasm", "tweets"]
 # Rows of each task. On two CPU cores a row of training costs about as much as three of evaluation.
-TRAIN_ROWS, TEST_ROWS, PROBE_ROWS = 160, 50, 16
+TRAIN_ROWS, TEST_ROWS, PROBE_ROWS = 160, 100, 16
 MODEL = ASSETS / "smollm2-135m-instruct"
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
@@ -93,6 +94,11 @@ class ContinualCallback(Callback):
         """Assign the task's index, then prepare the task."""
         if stage != "fit":
             return
+        if isinstance(trainer.strategy, DeepSpeedStrategy):
+            raise MisconfigurationException(
+                f"`{type(self).__name__}` cannot work under DeepSpeed, whose engine takes parameters and backward pass out of"
+                ' the module\'s hands. Use `strategy="cl_fsdp"`, which shards the same way.'
+            )
         stream = trainer.datamodule if hasattr(trainer, "datamodule") else None
         self._stream_index = getattr(stream, "current_index", None)
         task = getattr(stream, "current_task", None)

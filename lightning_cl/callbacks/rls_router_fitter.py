@@ -615,7 +615,12 @@ def _stream(trainer: pl.Trainer) -> Any:
 def _sources(trainer: pl.Trainer) -> set[str]:
     """Kinds of the replay sources in the Trainer's callbacks."""
     callbacks: list[Any] = getattr(trainer, "callbacks", [])
-    return {type(source).__name__ for callback in callbacks for source in getattr(callback, "sources", [])}
+    return {
+        type(source).__name__
+        for callback in callbacks
+        if getattr(callback, "adds_replay_rows", False)
+        for source in callback.sources
+    }
 
 
 def _check(

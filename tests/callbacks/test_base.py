@@ -106,6 +106,16 @@ def test_replay_rows_are_required(tmp_path: Path) -> None:
         models.trainer(tmp_path, callbacks=[Needs()]).fit(models.PlainLM(models.tiny_llama()), models.loader())
 
 
+def test_deepspeed_is_refused(tmp_path: Path) -> None:
+    """Without the package its strategy cannot be constructed; `setup` asks for nothing but its class."""
+    from lightning.pytorch.strategies import DeepSpeedStrategy
+
+    trainer = models.trainer(tmp_path)
+    trainer._accelerator_connector.strategy = object.__new__(DeepSpeedStrategy)
+    with pytest.raises(MisconfigurationException, match='`Diary` cannot work under DeepSpeed.*strategy="cl_fsdp"'):
+        Diary().setup(trainer, models.PlainLM(models.tiny_llama()), "fit")
+
+
 def test_the_attachment_exists_only_while_a_fit_runs() -> None:
     with pytest.raises(RuntimeError, match="`Diary.attachment` exists only while a fit runs"):
         Diary().attachment  # noqa: B018

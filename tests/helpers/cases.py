@@ -110,8 +110,6 @@ def _cell(first: str, second: str) -> Case:
     if (first, second) in _ORDERED:
         note, match = _ORDERED[first, second]
         return Case(first, second, "refused", note, match)
-    if {first, second} == {"ReplayDistillation", "RLSRouterFitter"}:
-        return Case(first, second, "fails", "e")
     note = {
         frozenset(("LoRAInterpolator", "RLSRouterFitter")): "c",
         frozenset(("ReplayMixer", "RLSRouterFitter")): "b",
