@@ -19,8 +19,10 @@ from tests.helpers import cases, spawn
 
 IN_PROCESS = ["auto", "cl_single_device", "cl_single_device_4bit", "manual optimization", "torch.compile"]
 SPAWNED = ["ddp", "cl_fsdp", "cl_fsdp_4bit", "fsdp"]
-#: FSDP1 refuses these; see the tests that the README names.
-REFUSED = {("ActivationMarginRegularizer", "fsdp"), ("RLSRouterFitter", "fsdp")}
+#: What FSDP1 and DeepSpeed do not do is refused; see the tests that the README names.
+REFUSED = {("ActivationMarginRegularizer", "fsdp"), ("RLSRouterFitter", "fsdp")} | {
+    (name, "deepspeed") for name in cases.NAMES
+}
 _ROUTER = "RLSRouterFitter"
 
 
