@@ -28,9 +28,11 @@ def rank() -> int:
 def cpu_group() -> Any:
     """A group of all ranks that carries CPU tensors. Created on first use, which must therefore be on all ranks."""
     default = dist.group.WORLD
+    if "gloo" in dist.get_backend(default) or "mpi" in dist.get_backend(default):
+        # Not kept here: a group that outlives `destroy_process_group` aborts the process when the interpreter ends.
+        return default
     if default not in _groups:
-        carries_cpu = "gloo" in dist.get_backend(default) or "mpi" in dist.get_backend(default)
-        _groups[default] = default if carries_cpu else dist.new_group(backend="gloo")
+        _groups[default] = dist.new_group(backend="gloo")
     return _groups[default]
 
 

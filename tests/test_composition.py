@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_cl import callbacks
-from tests.helpers import cases, models
+from tests.helpers import cases
 from tests.test_compatibility import IN_PROCESS, REFUSED, SPAWNED
 
 README = (Path(__file__).parent.parent / "callbacks" / "README.md").read_text()
@@ -24,13 +25,7 @@ def weights_of() -> dict[tuple[str, str, str], dict[str, torch.Tensor]]:
     return {}
 
 
-def _params() -> list[Any]:
-    known = pytest.mark.xfail(reason="a known fault, which the README tells", strict=True)
-    all_cases = [*cases.PAIRS, *cases.VARIANTS]
-    return [pytest.param(c, id=str(c), marks=[known] if c.outcome == "fails" else []) for c in all_cases]
-
-
-@pytest.mark.parametrize("case", _params())
+@pytest.mark.parametrize("case", [*cases.PAIRS, *cases.VARIANTS], ids=str)
 def test_two_callbacks_in_one_trainer(case: cases.Case, tmp_path: Path, weights_of: Any) -> None:
     """Both do their work over two tasks, and as the table has it the order changes nothing; or the run is refused."""
     torch.manual_seed(0)
@@ -48,30 +43,15 @@ def test_two_callbacks_in_one_trainer(case: cases.Case, tmp_path: Path, weights_
         torch.testing.assert_close(reverse[name], value, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.xfail(reason="a known fault, which the README's footnote d tells", strict=True)
 @pytest.mark.parametrize("name", ["LoRAInterpolator", "RLSRouterFitter"])
-def test_the_monitor_puts_back_what_it_says(tmp_path: Path, name: str) -> None:
-    """After ``on_exceed="restore"`` the module gives the scores that the matrix holds."""
-    other: Any = (
-        callbacks.LoRAInterpolator(half_life=0.01, consistency_weight=0)
-        if name == "LoRAInterpolator"
-        else callbacks.RLSRouterFitter(expansion_dim=16, ridge=1e6, max_tasks=2, seed=1)
-    )
-    monitor = callbacks.ForgettingMonitor(
-        "val_loss", mode="min", max_forgetting=0.002, on_exceed="restore", print_table=False, plots=False
-    )
-    lm = cases.module()
-    rows = [models.loader(rows=4, seed=10 + i) for i in range(2)]
-    for task in range(2):
-        trainer = models.trainer(tmp_path, max_steps=-1, max_epochs=4, callbacks=[other, monitor])
-        trainer.fit(lm, rows[task], rows)
-    if [event["action"] for event in monitor.events] != ["restore"]:
-        pytest.fail("the limit was meant to be exceeded once")
-    lm.eval()
-    with torch.no_grad():
-        found = [float(lm.model(**next(iter(loader))).loss) for loader in rows]
-    cells = monitor.matrix.scores()
-    assert found == pytest.approx([cells[1, f"task_{i}"].value for i in range(2)], abs=1e-4)
+@pytest.mark.parametrize("monitor_first", [False, True])
+def test_restore_beside_weights_of_another_callbacks_own_is_refused(
+    tmp_path: Path, name: str, monitor_first: bool
+) -> None:
+    monitor = callbacks.ForgettingMonitor("val_loss", mode="min", max_forgetting=0.1, on_exceed="restore")
+    made = [cases.make(name), monitor]
+    with pytest.raises(MisconfigurationException, match=f"`{name}` keeps weights of its own"):
+        cases.run(tmp_path, made[::-1] if monitor_first else made)
 
 
 # --------------------------------------------------------------------------- the page

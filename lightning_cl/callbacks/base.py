@@ -96,8 +96,8 @@ class ContinualCallback(Callback):
             return
         if isinstance(trainer.strategy, DeepSpeedStrategy):
             raise MisconfigurationException(
-                f"`{type(self).__name__}` cannot work under DeepSpeed, whose engine takes parameters and backward pass out of"
-                ' the module\'s hands. Use `strategy="cl_fsdp"`, which shards the same way.'
+                f"`{type(self).__name__}` cannot work under DeepSpeed, whose engine takes parameters and backward pass out"
+                ' of the module\'s hands. Use `strategy="cl_fsdp"`, which shards the same way.'
             )
         stream = trainer.datamodule if hasattr(trainer, "datamodule") else None
         self._stream_index = getattr(stream, "current_index", None)

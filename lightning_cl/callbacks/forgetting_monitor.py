@@ -214,6 +214,7 @@ class ForgettingMonitor(ContinualCallback):
             self._check_signature(pl_module, _validation_loaders(trainer))
             if self._row_seen:
                 self._finish_row(trainer, pl_module)
+            self._check_restore(trainer)
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and not _is_dry(trainer):
             self._check_writable(trainer)
@@ -351,6 +352,18 @@ class ForgettingMonitor(ContinualCallback):
             for matrix in (self._rows, self._running):
                 matrix.add_task(task.name)
                 matrix.declare(task.name, role=task.role, mode=task.mode if told else self.mode)
+
+    def _check_restore(self, trainer: pl.Trainer) -> None:
+        if self.max_forgetting is None or self.on_exceed != "restore":
+            return
+        names = [type(callback).__name__ for callback in trainer.callbacks]  # type: ignore[attr-defined]
+        for other in ("LoRAInterpolator", "RLSRouterFitter"):
+            if other in names:
+                raise MisconfigurationException(
+                    f"`ForgettingMonitor(on_exceed='restore')` puts back the trained weights alone, and `{other}` keeps"
+                    " weights of its own, which it would put over them at the task's end. Use `on_exceed='stop'` or"
+                    " 'warn', or leave `" + other + "` out."
+                )
 
     def _check_signature(self, pl_module: pl.LightningModule, loaders: int) -> None:
         if loaders > 1 and not is_param_in_hook_signature(pl_module.validation_step, "dataloader_idx"):

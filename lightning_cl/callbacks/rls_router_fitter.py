@@ -316,6 +316,8 @@ class RLSRouterFitter(ContinualCallback):
             bank.add(_adapter_name(number))
         self._warn_of_other_weights(bank)
         bank.activate(_adapter_name(self.task_index))
+        # Another callback's `on_task_start` may run the network before ours: sources that generate their rows.
+        self._routed.enabled = False
 
     def _warn_of_other_weights(self, bank: AdapterBank) -> None:
         if self.task_index > 0:

@@ -36,6 +36,9 @@ def _enter(rank: int, fn: Callable[..., Any], nprocs: int, port: int, args: tupl
     torch.set_num_threads(1)
     try:
         fn(rank, *args)
+        if torch.distributed.is_initialized():
+            # A rank that leaves first would cut off the other in the middle of its last collective call.
+            torch.distributed.barrier()
     except BaseException:
         traceback.print_exc()
         raise
