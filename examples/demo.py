@@ -128,7 +128,9 @@ def main() -> None:
     for method in methods:
         console.rule(method)
         matrices[method], seconds = run(method, arguments.seed, arguments.device, arguments.out)
-        console.print(tables.matrix_table(matrices[method], title=f"{method}: accuracy and intervals ({seconds:.0f} s)"))
+        console.print(
+            tables.matrix_table(matrices[method], title=f"{method}: accuracy and intervals ({seconds:.0f} s)")
+        )
         plots.heat_map(matrices[method], title=method).savefig(arguments.out / f"{method}.heat_map.png", dpi=120)
         plots.curves(matrices[method], title=method).savefig(arguments.out / f"{method}.curves.png", dpi=120)
     console.print(tables.summary_table(matrices))

@@ -76,7 +76,9 @@ class KeepGradients(pl.Callback):
         self.steps.append(_gradients(pl_module))
 
 
-def _fit(tmp_path: Any, module: pl.LightningModule, callbacks: list[pl.Callback], loader: Any = None, **kwargs: Any) -> Any:
+def _fit(
+    tmp_path: Any, module: pl.LightningModule, callbacks: list[pl.Callback], loader: Any = None, **kwargs: Any
+) -> Any:
     keep = KeepGradients()
     trainer = models.trainer(tmp_path, callbacks=[*callbacks, keep], **{"max_steps": 1, **kwargs})
     trainer.fit(module, loader or models.loader())
@@ -111,7 +113,9 @@ def test_terms_add_up_in_order_and_are_logged(tmp_path: Any) -> None:
     trainer, steps = _fit(tmp_path, module, [ReplayMixer(_general(), rows_per_batch=2), first, second])
     reference = models.PlainLM(models.tiny_llama())
     drawn = [int(i.split(":")[1]) for i in first.steps[0]["ids"]]
-    batch = models.collate([models.TokenRows(16)[i] for i in range(4)] + [models.TokenRows(6, seed=9)[i] for i in drawn])
+    batch = models.collate(
+        [models.TokenRows(16)[i] for i in range(4)] + [models.TokenRows(6, seed=9)[i] for i in drawn]
+    )
     hidden: list[Tensor] = []
     handle = reference.model.model.norm.register_forward_hook(lambda m, a, o: hidden.append(o))
     loss = reference.model(**batch).loss
@@ -267,7 +271,9 @@ def test_any_batch_structure(tmp_path: Any, container: str, as_dict: bool) -> No
             return sample
 
     mixer = ReplayMixer(Source(AsRows(), num_samples=3), rows_per_batch=2)
-    trainer, _ = _fit(tmp_path, module, [mixer, Probe(watch="net.2", term=lambda s: s.activations["net.2"].mean())], data)
+    trainer, _ = _fit(
+        tmp_path, module, [mixer, Probe(watch="net.2", term=lambda s: s.activations["net.2"].mean())], data
+    )
     assert module.seen == [(6, [False] * 4 + [True] * 2)]
     assert trainer.callback_metrics["cl/replay_rows"] == 2
 
@@ -297,7 +303,11 @@ def test_gradient_accumulation(tmp_path: Any, accumulate: int) -> None:
     module = models.PlainLM(models.tiny_llama())
     probe = Probe(term=lambda step: step.activations[find_final_norm(module)].mean())
     _, steps = _fit(
-        tmp_path, module, [ReplayMixer(_general(), rows_per_batch=2), probe], max_steps=2, accumulate_grad_batches=accumulate
+        tmp_path,
+        module,
+        [ReplayMixer(_general(), rows_per_batch=2), probe],
+        max_steps=2,
+        accumulate_grad_batches=accumulate,
     )
     assert len(steps) == 2
     assert len(probe.steps) == 2 * accumulate
@@ -351,7 +361,7 @@ def test_manual_loss_index_that_never_comes(tmp_path: Any) -> None:
     probe = Probe(watch="net", term=lambda step: step.activations["net"].sum())
     probe.loss_index = 7
     data = torch.utils.data.DataLoader(_vectors(4), batch_size=4)
-    with pytest.raises(MisconfigurationException, match="called `self.manual_backward` 2 times.*`loss_index=7`"):
+    with pytest.raises(MisconfigurationException, match=r"called `self\.manual_backward` 2 times.*`loss_index=7`"):
         _fit(tmp_path, Manual(), [ReplayMixer(GeneralSamples(_vectors(2), 2), rows_per_batch=1), probe], data)
 
 
@@ -387,7 +397,9 @@ def test_a_watched_module_that_never_runs(tmp_path: Any) -> None:
     module.unused = nn.Linear(2, 2)
     data = torch.utils.data.DataLoader(_rows(4), batch_size=4)
     with pytest.raises(MisconfigurationException, match=r"watched submodule\(s\) \['unused'\] gave no tensor"):
-        _fit(tmp_path, module, [ReplayMixer(GeneralSamples(_rows(2), 2), rows_per_batch=1), Probe(watch="unused")], data)
+        _fit(
+            tmp_path, module, [ReplayMixer(GeneralSamples(_rows(2), 2), rows_per_batch=1), Probe(watch="unused")], data
+        )
 
 
 def test_a_submodule_that_does_not_exist(tmp_path: Any) -> None:
@@ -400,7 +412,9 @@ def test_a_second_fit_with_nothing_left_is_refused(tmp_path: Any) -> None:
     module = models.PlainLM(models.tiny_llama())
     trainer = models.trainer(tmp_path, max_steps=1, callbacks=[ReplayMixer(_general(), rows_per_batch=1)])
     trainer.fit(module, models.loader())
-    with pytest.raises(MisconfigurationException, match=r"`max_steps=1`: a second `trainer.fit` would train 0 steps.*fit_stream"):
+    with pytest.raises(
+        MisconfigurationException, match=r"`max_steps=1`: a second `trainer\.fit` would train 0.*fit_stream"
+    ):
         trainer.fit(module, models.loader())
 
 

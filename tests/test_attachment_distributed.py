@@ -83,7 +83,9 @@ def _train(rank: int, folder: Path, strategy: str, layout: str, trained: str) ->
     if strategy == "fsdp2":
         from lightning.pytorch.strategies import ModelParallelStrategy
 
-        chosen: Any = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=False)
+        chosen: Any = ModelParallelStrategy(
+            data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=False
+        )
     else:
         chosen = "ddp"
     keep = KeepFullGradients()
@@ -93,7 +95,9 @@ def _train(rank: int, folder: Path, strategy: str, layout: str, trained: str) ->
     rows = models.TokenRows(8, ragged=True)
     sampler = torch.utils.data.DistributedSampler(rows, num_replicas=2, rank=rank, shuffle=False)
     trainer.fit(module, torch.utils.data.DataLoader(rows, 2, sampler=sampler, collate_fn=models.collate))
-    spawn.save(folder, rank, {"gradients": keep.gradients, "ids": probe.steps[0]["ids"], "layout": probe.steps[0]["layout"]})
+    spawn.save(
+        folder, rank, {"gradients": keep.gradients, "ids": probe.steps[0]["ids"], "layout": probe.steps[0]["layout"]}
+    )
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
@@ -130,7 +134,8 @@ def _compare(folder: Path, layout: str, trained: str) -> None:
     for result in results:
         assert result["gradients"].keys() == expected.keys()
         for key, gradient in expected.items():
-            torch.testing.assert_close(result["gradients"][key], gradient, atol=1e-6, rtol=1e-4, msg=lambda m, key=key: f"{key}: {m}")
+            found = result["gradients"][key]
+            torch.testing.assert_close(found, gradient, atol=1e-6, rtol=1e-4, msg=lambda m, key=key: f"{key}: {m}")
 
 
 def _remember(rank: int, folder: Path, world: int) -> None:

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.parent
 FRAGMENTS = sorted((ROOT / "callbacks").glob("*.yaml"))
 CARDS = sorted(path for path in (ROOT / "callbacks").glob("*.md") if path.name != "README.md")
 
+
 def _snake(name: str) -> str:
     return re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower().replace("lo_ra", "lora")
 

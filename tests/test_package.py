@@ -16,9 +16,23 @@ import pytest
 import lightning_cl
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ["lightning_cl", *(f"lightning_cl.{name}" for name in (
-    "callbacks", "data", "functional", "metrics", "modules", "replay", "report", "strategies", "stream"
-))]
+PACKAGES = [
+    "lightning_cl",
+    *(
+        f"lightning_cl.{name}"
+        for name in (
+            "callbacks",
+            "data",
+            "functional",
+            "metrics",
+            "modules",
+            "replay",
+            "report",
+            "strategies",
+            "stream",
+        )
+    ),
+]
 
 
 def _run(code: str, cwd: Path, path: Path) -> str:
@@ -84,9 +98,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_works_from_an_empty_folder(wheel: Path, tmp_path: Path) -> None:
     found = _run("import lightning_cl; print(lightning_cl.__file__)", tmp_path, wheel)
     assert found.startswith(str(wheel))
-    code = "\n".join(
-        f"import {name}\nfor n in {name}.__all__: getattr({name}, n)" for name in PACKAGES
-    )
+    code = "\n".join(f"import {name}\nfor n in {name}.__all__: getattr({name}, n)" for name in PACKAGES)
     _run(code, tmp_path, wheel)
     train = (
         "import lightning.pytorch as pl, torch\n"

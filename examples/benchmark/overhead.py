@@ -190,7 +190,11 @@ def main() -> None:
     tasks = many_tasks(model, device, 6 if tiny else 100, 8, short, 6 if tiny else 8)
     rows = [
         ("attached, nothing active / plain", equal["attached"] / equal["plain"], 1.01),
-        (f"{batch} + {added} rows of {length} / plain", equal["replay"] / equal["plain"], (batch + added) / batch * 1.02),
+        (
+            f"{batch} + {added} rows of {length} / plain",
+            equal["replay"] / equal["plain"],
+            (batch + added) / batch * 1.02,
+        ),
         (
             f"{batch} x {short} + {added} x {long} / both alone",
             unequal["replay"] / (unequal["plain"] + unequal["long alone"]),

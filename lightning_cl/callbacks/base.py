@@ -83,7 +83,7 @@ class ContinualCallback(Callback):
         Raises:
             MisconfigurationException: naming the callback to add.
         """
-        if not any(getattr(callback, "adds_replay_rows", False) for callback in trainer.callbacks):
+        if not any(getattr(callback, "adds_replay_rows", False) for callback in _callbacks(trainer)):
             raise MisconfigurationException(
                 f"`{type(self).__name__}` works on replay rows, and no callback of this Trainer adds any. Add"
                 " `ReplayMixer(GeneralSamples(...))` (or another source) to `callbacks`."
@@ -164,9 +164,14 @@ class ContinualCallback(Callback):
             self._clock = _Clock(**state_dict["clock"])
 
 
+def _callbacks(trainer: pl.Trainer) -> list[Callback]:
+    # Lightning sets the attribute in a connector, where type checkers do not see it.
+    return trainer.callbacks  # type: ignore[attr-defined]
+
+
 def _refuse_finished_trainer(trainer: pl.Trainer) -> None:
     loop = trainer.fit_loop
-    epochs, steps = loop.epoch_progress.current.processed, trainer.global_step
+    epochs, steps = loop.epoch_progress.current.processed, trainer.global_step  # type: ignore[attr-defined]
     epochs_done = loop.max_epochs is not None and loop.max_epochs != -1 and 0 < loop.max_epochs <= epochs
     steps_done = 0 < (loop.max_steps or 0) <= steps
     if pending_checkpoint(trainer) is None and (epochs_done or steps_done):

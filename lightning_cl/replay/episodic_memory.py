@@ -52,8 +52,6 @@ class EpisodicMemory(ReplaySource):
         2
     """
 
-    holds_past_tasks = True
-
     def __init__(
         self,
         capacity: int,
@@ -88,6 +86,11 @@ class EpisodicMemory(ReplaySource):
 
     def __len__(self) -> int:
         return len(self._kept)
+
+    @property
+    def holds_past_tasks(self) -> bool:
+        """Always: that is what a memory is for."""
+        return True
 
     def start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, attachment: Attachment) -> None:
         """Remember which device the rows belong to."""

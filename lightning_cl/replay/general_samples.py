@@ -179,7 +179,7 @@ def _read(data: Any) -> Sequence[Any]:
         return data  # type: ignore[return-value]
     from lightning_cl.data import read_rows
 
-    rows = read_rows(data)
+    rows: Any = read_rows(data)
     if not hasattr(rows, "__len__"):
         raise ValueError(
             f"`GeneralSamples(data={_short(data)})` has no length. Give a map-style data set, or a file of its first rows."

@@ -235,6 +235,8 @@ class Joiner:
         return replace(row, content={**row.content, "labels": labels}, tokens=0)
 
     def _joined(self, layout: BatchLayout, rows: list[Row], counts: bool) -> Added:
+        mask: Tensor | None
+        index: Tensor | None
         if layout.packed:
             batch = join_packed(layout, rows)
             mask, index, total = _segments(layout, rows)

@@ -283,7 +283,7 @@ def _rebuild(node: Any, leaves: Mapping[str, Any], path: str) -> Any:
         return leaves[path]
     built = {key: _rebuild(child, leaves, f"{path}.{key}" if path else str(key)) for key, child in children.items()}
     if isinstance(node, Mapping):
-        return type(node)(built)
+        return type(node)(built)  # type: ignore[call-arg]
     if dataclasses.is_dataclass(node) and not isinstance(node, type):
         return dataclasses.replace(node, **built)
     return type(node)(**built) if hasattr(node, "_fields") else type(node)(built.values())

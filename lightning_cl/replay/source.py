@@ -21,8 +21,10 @@ class ReplaySource(ABC):
     :meth:`prepare`, :meth:`start`, then :meth:`observe` and :meth:`draw` in each step, then :meth:`end_task`.
     """
 
-    #: Whether the rows come from earlier tasks, which the model before the first task never learnt.
-    holds_past_tasks: bool = False
+    @property
+    def holds_past_tasks(self) -> bool:
+        """Whether the rows come from earlier tasks, which the model before the first task never learnt."""
+        return False
 
     @property
     def name(self) -> str:

@@ -102,7 +102,9 @@ def test_replay_rows_are_required(tmp_path: Path) -> None:
         def prepare_task(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
             self.require_replay_rows(trainer)
 
-    with pytest.raises(MisconfigurationException, match=r"`Needs` works on replay rows.*Add `ReplayMixer\(GeneralSamples"):
+    with pytest.raises(
+        MisconfigurationException, match=r"`Needs` works on replay rows.*Add `ReplayMixer\(GeneralSamples"
+    ):
         models.trainer(tmp_path, callbacks=[Needs()]).fit(models.PlainLM(models.tiny_llama()), models.loader())
 
 
@@ -112,10 +114,10 @@ def test_deepspeed_is_refused(tmp_path: Path) -> None:
 
     trainer = models.trainer(tmp_path)
     trainer._accelerator_connector.strategy = object.__new__(DeepSpeedStrategy)
-    with pytest.raises(MisconfigurationException, match='`Diary` cannot work under DeepSpeed.*strategy="cl_fsdp"'):
+    with pytest.raises(MisconfigurationException, match=r'`Diary` cannot work under DeepSpeed.*strategy="cl_fsdp"'):
         Diary().setup(trainer, models.PlainLM(models.tiny_llama()), "fit")
 
 
 def test_the_attachment_exists_only_while_a_fit_runs() -> None:
-    with pytest.raises(RuntimeError, match="`Diary.attachment` exists only while a fit runs"):
+    with pytest.raises(RuntimeError, match=r"`Diary\.attachment` exists only while a fit runs"):
         Diary().attachment  # noqa: B018

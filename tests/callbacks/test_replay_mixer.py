@@ -65,9 +65,7 @@ def test_the_default_is_one_replay_row_to_four() -> None:
     tokens=st.lists(st.integers(1, 30), min_size=1, max_size=8),
     batches=st.lists(st.tuples(st.integers(1, 8), st.integers(2, 20)), min_size=1, max_size=20),
 )
-def test_token_ratio_is_exact_within_one_row(
-    ratio: float, tokens: list[int], batches: list[tuple[int, int]]
-) -> None:
+def test_token_ratio_is_exact_within_one_row(ratio: float, tokens: list[int], batches: list[tuple[int, int]]) -> None:
     """Over any run of steps, the replay's loss-bearing tokens are within one row of their share."""
     mixer = ReplayMixer(Counting(tokens), token_ratio=ratio)
     error = [0.0]
@@ -118,7 +116,9 @@ def test_task_weight(tmp_path: Any, layout: str) -> None:
 
 def test_task_weight_needs_the_losses_apart(tmp_path: Any) -> None:
     mixer = ReplayMixer(GeneralSamples(models.TokenRows(3), 3), task_weight=0.5, layout="joined")
-    with pytest.raises(MisconfigurationException, match=r'needs the task and replay rows\' losses apart.*layout="separate"'):
+    with pytest.raises(
+        MisconfigurationException, match=r'needs the task and replay rows\' losses apart.*layout="separate"'
+    ):
         _fit(tmp_path, models.PlainLM(models.tiny_llama()), [mixer])
 
 
@@ -153,10 +153,11 @@ def test_packed_batches_equal_padded_ones(tmp_path: Any) -> None:
     width = packed_probe["mask"].shape[1]
     assert torch.equal(padded_probe["mask"][:, :width], packed_probe["mask"])
     mask = packed_probe["mask"]
-    torch.testing.assert_close(padded_probe["hidden"][:, :width][mask], packed_probe["hidden"][mask], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(
-        padded_probe["reference"]["initial"][:, :width][mask], packed_probe["reference"]["initial"][mask], atol=1e-5, rtol=1e-4
+        padded_probe["hidden"][:, :width][mask], packed_probe["hidden"][mask], atol=1e-5, rtol=1e-4
     )
+    padded_reference, packed_reference = (p["reference"]["initial"][:, :width] for p in (padded_probe, packed_probe))
+    torch.testing.assert_close(padded_reference[mask], packed_reference[mask], atol=1e-5, rtol=1e-4)
     for key, gradient in padded.items():
         torch.testing.assert_close(packed[key], gradient, atol=1e-5, rtol=1e-4)
 
@@ -205,7 +206,9 @@ def test_resume_in_the_middle_of_a_task_is_exact(tmp_path: Path, stop_at: int) -
         assert torch.equal(a, b), name
     one, two = (c[0].state_dict() for c in (unbroken_callbacks, resumed_callbacks))  # type: ignore[attr-defined]
     assert one["sources"][0]["kept"]["ids"] == two["sources"][0]["kept"]["ids"]
-    assert {k: one[k] for k in ("clock", "owed", "next_source")} == {k: two[k] for k in ("clock", "owed", "next_source")}
+    assert {k: one[k] for k in ("clock", "owed", "next_source")} == {
+        k: two[k] for k in ("clock", "owed", "next_source")
+    }
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def _remember(memory: EpisodicMemory, tasks: list[list[int]]) -> EpisodicMemory:
 
 
 def test_every_row_is_kept_with_equal_probability() -> None:
-    """600 memories of 5 of 20 rows in two tasks: a chi-squared statistic of 19 degrees of freedom below its 0.999 quantile."""
+    """600 memories of 5 of 20 rows in two tasks: chi-squared of 19 degrees of freedom below its 0.999 quantile."""
     counts = torch.zeros(20)
     for seed in range(600):
         for n in _numbers(_remember(EpisodicMemory(5, seed=seed), [list(range(12)), list(range(12, 20))])):
@@ -66,7 +66,8 @@ def test_ring_keeps_the_latest() -> None:
 
 
 def test_task_balanced_gives_each_task_its_share() -> None:
-    memory = _remember(EpisodicMemory(9, policy="task_balanced"), [list(range(50)), list(range(50, 52)), list(range(60, 90))])
+    tasks_of_rows = [list(range(50)), list(range(50, 52)), list(range(60, 90))]
+    memory = _remember(EpisodicMemory(9, policy="task_balanced"), tasks_of_rows)
     tasks = [row.task for _, row in memory._kept]
     # The second task has only two rows; the others share what it leaves.
     assert {t: tasks.count(t) for t in set(tasks)} == {"0": 3, "1": 2, "2": 4}
@@ -125,7 +126,9 @@ def test_drawing_does_not_depend_on_the_size() -> None:
 
 @pytest.mark.parametrize("capacity", [0, -3])
 def test_capacity_out_of_range(capacity: int) -> None:
-    with pytest.raises(ValueError, match=rf"`EpisodicMemory\(capacity={capacity}\)`: a memory must hold at least 1 row"):
+    with pytest.raises(
+        ValueError, match=rf"`EpisodicMemory\(capacity={capacity}\)`: a memory must hold at least 1 row"
+    ):
         EpisodicMemory(capacity)
 
 

@@ -34,7 +34,9 @@ def _encoded(source: GeneralSamples, tmp_path: Path) -> list[dict[str, Any]]:
 def test_texts_have_no_bos_and_are_cut(tmp_path: Path) -> None:
     rows = _encoded(GeneralSamples(TEXTS, num_samples=8, max_tokens=6), tmp_path)
     tokenizer = models.tiny_tokenizer()
-    assert sorted(tokenizer.decode(row["input_ids"]) for row in rows) == ["The 0t"[:6]] + [f"The {i}t" for i in range(1, 8)]
+    assert sorted(tokenizer.decode(row["input_ids"]) for row in rows) == ["The 0t"[:6]] + [
+        f"The {i}t" for i in range(1, 8)
+    ]
     assert all(torch.equal(row["labels"], row["input_ids"]) for row in rows)
 
 

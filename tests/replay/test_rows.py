@@ -69,8 +69,10 @@ class Nested:
 
 
 def test_containers_keep_their_types() -> None:
-    Point = collections.namedtuple("Point", ["a", "b"])  # noqa: PYI024
-    batch = Nested(torch.zeros(2, 3), {"names": ["x", "y"], "point": Point(torch.ones(2), torch.ones(2, 1)), "scale": 0.5})
+    Point = collections.namedtuple("Point", ["a", "b"])
+    batch = Nested(
+        torch.zeros(2, 3), {"names": ["x", "y"], "point": Point(torch.ones(2), torch.ones(2, 1)), "scale": 0.5}
+    )
     layout = layout_of(batch)
     assert layout.rows == 2
     assert set(layout.per_row) == {"image", "rest.names", "rest.point.a", "rest.point.b"}
@@ -86,7 +88,9 @@ def test_containers_keep_their_types() -> None:
 def test_a_key_of_unknown_fill_is_refused_and_can_be_named() -> None:
     layout = layout_of({"ticks": torch.ones(2, 3)})
     rows = [Row({"ticks": torch.ones(5)}, "a")]
-    with pytest.raises(MisconfigurationException, match=r"key 'ticks' have different lengths.*`pad_values=\{'ticks': VALUE\}`"):
+    with pytest.raises(
+        MisconfigurationException, match=r"key 'ticks' have different lengths.*`pad_values=\{'ticks': V"
+    ):
         join(layout, collate_rows(rows, layout, {}), {})
     pads = {"ticks": -1.0}
     assert join(layout, collate_rows(rows, layout, pads), pads)["ticks"].tolist() == [[1, 1, 1, -1, -1]] * 2 + [[1] * 5]
@@ -111,13 +115,15 @@ def test_what_follows_from_the_tokens_is_made() -> None:
 def test_other_kinds_of_numbers_are_refused() -> None:
     layout = layout_of((torch.ones(2, 3), torch.zeros(2, dtype=torch.long)))
     row = Row({"0": torch.ones(3, dtype=torch.long), "1": torch.tensor(1)}, "a")
-    with pytest.raises(MisconfigurationException, match=r"at key '0': the batch holds a tensor float32\[3\] a row.*int64"):
+    with pytest.raises(
+        MisconfigurationException, match=r"at key '0': the batch holds a tensor float32\[3\] a row.*int64"
+    ):
         collate_rows([row], layout, {})
 
 
 def test_other_shapes_are_refused() -> None:
     layout = layout_of({"x": torch.ones(2, 3, 4)})
-    with pytest.raises(MisconfigurationException, match="shapes .* beyond the first dimension cannot be joined"):
+    with pytest.raises(MisconfigurationException, match=r"shapes .* beyond the first dimension cannot be joined"):
         collate_rows([Row({"x": torch.ones(3, 5)}, "a")], layout, {})
 
 
@@ -157,5 +163,7 @@ def test_packed_batches_get_segments(cumulative: bool) -> None:
 
 def test_an_unknown_key_of_a_packed_batch_is_refused() -> None:
     layout = layout_of({**_packed([3], True), "block_mask": torch.zeros(3)})
-    with pytest.raises(MisconfigurationException, match="key 'block_mask' .* that replay segments cannot be appended to"):
+    with pytest.raises(
+        MisconfigurationException, match=r"key 'block_mask' .* that replay segments cannot be appended to"
+    ):
         join_packed(layout, [Row({"input_ids": torch.tensor([5])}, "a")])
