@@ -79,8 +79,8 @@ class DecodeEngine:
         eos_token_ids: The end tokens; needed for ``"stop"``.
         batch_size: Rows decoded together; by default as many as free memory allows (64 on a CPU).
         mode: ``"graph"`` records eager kernels (CUDA), ``"compile"`` compiles the step first, which takes a minute and
-            pays for tens of thousands of rows, ``"eager"`` does neither. ``"auto"``: ``"graph"``. Without a GPU, and for
-            models that cannot have a static cache, all are ``"eager"``.
+            pays for tens of thousands of rows, ``"eager"`` does neither. ``"auto"``: ``"graph"``. Without a GPU, for models
+            that cannot have a static cache and for rows longer than a sliding window, all are ``"eager"``.
         seed: Seed of all rows.
 
     Raises:
@@ -186,13 +186,18 @@ class DecodeEngine:
 
     def _resolved_mode(self, device: torch.device) -> Mode:
         # Only a static cache on a GPU can be recorded, and for a few positions there is nothing to win.
-        if device.type != "cuda" or not self._static() or self._length < _SHORTEST_RECORDED:
+        if device.type != "cuda" or not self._static() or self._slides() or self._length < _SHORTEST_RECORDED:
             return "eager"
         return "graph" if self._mode == "auto" else self._mode
 
     def _static(self) -> bool:
         # Models that branch on data (most mixtures of experts) or keep another state than keys and values.
         return bool(getattr(self._model, "_can_compile_fullgraph", False))
+
+    def _slides(self) -> bool:
+        # A sliding window's cache counts its positions in Python, which a recording would freeze.
+        window = getattr(self._model.config.get_text_config(), "sliding_window", None)
+        return window is not None and window < self._length
 
     def _fitting_batch(self, device: torch.device) -> int:
         if device.type != "cuda":

@@ -241,12 +241,23 @@ def test_fsdp2_gathers_once_and_trains_on(tmp_path: Path) -> None:
         torch.testing.assert_close(ranks[0]["grads"][name], parameter.grad)
 
 
+def _expected_mode(name: str) -> str:
+    """A sliding window shorter than the rows keeps state that cannot be recorded."""
+    return "eager" if name == "mistral, sliding window" or name.startswith("gemma") else "graph"
+
+
+@pytest.mark.parametrize("name", FAMILIES[:6])
+def test_what_would_be_recorded_on_a_gpu(name: str) -> None:
+    engine = DecodeEngine(family(name), length=40)
+    assert engine._resolved_mode(torch.device("cuda")) == _expected_mode(name)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", FAMILIES[:6])
 def test_recorded_steps_equal_eager_ones(name: str) -> None:
     model = family(name).cuda()
     eager = DecodeEngine(model, length=40, mode="eager").generate([[1]] * 5)
     recorded = DecodeEngine(model, length=40, batch_size=3).generate([[1]] * 5)
-    assert recorded.mode == "graph"
+    assert recorded.mode == _expected_mode(name)
     same = sum(torch.equal(a, b) for a, b in zip(eager.rows, recorded.rows, strict=True))
     assert same >= 4  # a rounding may tip one draw
