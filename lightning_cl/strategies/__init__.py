@@ -11,11 +11,12 @@ same word in YAML work.
 
 from lightning.pytorch.strategies import StrategyRegistry
 
+from lightning_cl.strategies.background import BackgroundCheckpointIO
 from lightning_cl.strategies.config import QuantizationConfig
 from lightning_cl.strategies.fsdp import CLFSDPStrategy
 from lightning_cl.strategies.single_device import CLSingleDeviceStrategy
 
-__all__ = ["CLFSDPStrategy", "CLSingleDeviceStrategy", "QuantizationConfig"]
+__all__ = ["BackgroundCheckpointIO", "CLFSDPStrategy", "CLSingleDeviceStrategy", "QuantizationConfig"]
 
 
 def _register() -> None:

@@ -22,6 +22,7 @@ from lightning_cl.strategies.adapters import describe
 from lightning_cl.strategies.files import (
     DamagedCheckpointError,
     aside,
+    check_safe,
     drop_unsafe,
     load_file,
     save_file,
@@ -70,10 +71,19 @@ class AtomicCheckpointIO(CheckpointIO):
             TypeError: if ``storage_options`` is given, or an entry could not be read back safely.
             OSError: if the disk is full or read-only; the old file is untouched.
         """
+        self._write(self._checked(checkpoint, path, storage_options), path)
+
+    def _checked(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None) -> dict[str, Any]:
+        """The checkpoint as it can be written and read back, or the error that says why it cannot."""
         _refuse_options(storage_options)
         _refuse_remote(path)
+        safe: dict[str, Any] = to_safe(checkpoint)
+        check_safe(safe)
+        return safe
+
+    def _write(self, checkpoint: dict[str, Any], path: Any) -> None:
         with aside(Path(path) if os.path.isdir(path) else None):
-            save_file(to_safe(checkpoint), path)
+            save_file(checkpoint, path)
 
     def load_checkpoint(
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = None

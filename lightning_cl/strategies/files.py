@@ -11,7 +11,7 @@ import shutil
 import struct
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import Enum
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO
@@ -90,7 +90,9 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], o
             " `ModelCheckpoint`, `default_root_dir` of the Trainer).",
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        # Where the folder is no folder, removing fails too and must not hide why writing did.
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager

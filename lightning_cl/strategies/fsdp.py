@@ -24,6 +24,7 @@ from typing_extensions import override
 from lightning_cl import weights
 from lightning_cl.distributed import gather_objects
 from lightning_cl.strategies import checks, config, evaluation, sharding, shards
+from lightning_cl.strategies.background import BackgroundCheckpointIO
 from lightning_cl.strategies.blocks import compile_blocks, enable_activation_checkpointing, find_shard_blocks
 from lightning_cl.strategies.checkpoint import AtomicCheckpointIO, CheckpointContents, load_checkpoint
 from lightning_cl.strategies.config import QuantizationConfig
@@ -406,6 +407,8 @@ class CLFSDPStrategy(ModelParallelStrategy):
         checkpoint: dict[str, Any] = {}
         error: Exception | None = None
         try:
+            if isinstance(self._checkpoint_io, BackgroundCheckpointIO):
+                self._checkpoint_io.wait()
             checkpoint = load_checkpoint(path)
         except Exception as caught:
             error = caught

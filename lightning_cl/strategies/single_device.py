@@ -15,6 +15,7 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_cl.strategies import checks, config
+from lightning_cl.strategies.background import BackgroundCheckpointIO
 from lightning_cl.strategies.blocks import compile_blocks, enable_activation_checkpointing
 from lightning_cl.strategies.checkpoint import AtomicCheckpointIO, CheckpointContents, load_checkpoint
 from lightning_cl.strategies.config import QuantizationConfig
@@ -135,6 +136,8 @@ class CLSingleDeviceStrategy(SingleDeviceStrategy):
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        if isinstance(self._checkpoint_io, BackgroundCheckpointIO):
+            self._checkpoint_io.wait()
         if self._checkpoint_io is None or isinstance(self._checkpoint_io, AtomicCheckpointIO | _WrappingCheckpointIO):
             checkpoint = load_checkpoint(checkpoint_path)
         else:

@@ -1,0 +1,327 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a checkpoint costs a run, and how long a killed run takes to train again.
+
+    python examples/benchmark/resume.py --out resume.json          # one GPU: Llama-3-8B's shape, random weights, bf16
+    python examples/benchmark/resume.py --tiny --out tiny.json     # a small model, on a CPU too
+
+A stream with LoRA r16 on all linear layers and ReplayMixer (general samples and an episodic memory), ReplayDistillation,
+ActivationMarginRegularizer, LoRAInterpolator and ForgettingMonitor trains three times: without checkpoints, with
+checkpoints written while the step waits, and with BackgroundCheckpointIO. The stall of a checkpoint is the time of the
+steps from one checkpoint to the next beyond that of as many steps without any. The last run is then killed by SIGKILL,
+and a new process resumes it: from its start until its first optimizer step, in parts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import logging
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from lightning_cl import CausalLMModule, Task, TaskStream, fit_stream
+from lightning_cl import callbacks as cl
+from lightning_cl.replay import EpisodicMemory, GeneralSamples
+from lightning_cl.report.provenance import provenance
+from lightning_cl.strategies import BackgroundCheckpointIO, CLSingleDeviceStrategy
+from lightning_cl.stream import files
+
+CUDA = torch.cuda.is_available()
+LLAMA_8B: dict[str, Any] = {
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "rope_theta": 500000.0,
+}
+TINY: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def make_module(tiny: bool) -> CausalLMModule:
+    """Random weights made where they stay, with LoRA on all linear layers."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16 if CUDA else torch.float32)
+    try:
+        with torch.device("cuda" if CUDA else "cpu"):
+            base = LlamaForCausalLM(LlamaConfig(**(TINY if tiny else LLAMA_8B), tie_word_embeddings=False))
+    finally:
+        torch.set_default_dtype(default)
+    return CausalLMModule(base, lora={"r": 16, "lora_alpha": 32}, lr=1e-4)
+
+
+def make_rows(tiny: bool, count: int, tokens: int, seed: int) -> list[dict[str, Tensor]]:
+    """Rows of random tokens, all labelled."""
+    vocabulary = (TINY if tiny else LLAMA_8B)["vocab_size"]
+    ids = torch.randint(0, vocabulary, (count, tokens), generator=torch.Generator().manual_seed(seed))
+    return [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row.clone()} for row in ids]
+
+
+def stack(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Rows of one length as a batch."""
+    return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+
+
+class Steps(pl.Callback):
+    """Seconds of each step, and of each save as the step sees it; ends the last run as the kernel would."""
+
+    def __init__(self, kill_at: int | None = None) -> None:
+        self.seconds: list[float] = []
+        self.saves: list[float] = []
+        self.first_step_at: float | None = None
+        self._kill_at = kill_at
+        self._last: float | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        save = trainer.save_checkpoint
+        if getattr(save, "timed", False):
+            return
+
+        def timed(*args: Any, **kwargs: Any) -> None:
+            sync()
+            start = time.perf_counter()
+            save(*args, **kwargs)
+            self.saves.append(time.perf_counter() - start)
+
+        timed.timed = True  # type: ignore[attr-defined]
+        trainer.save_checkpoint = timed  # type: ignore[method-assign]
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        sync()
+        now = time.perf_counter()
+        if self.first_step_at is None:
+            self.first_step_at = time.time()
+        if self._last is not None:
+            self.seconds.append(now - self._last)
+        self._last = now
+        if self._kill_at is not None and trainer.global_step == self._kill_at:
+            raise Done
+
+
+class Done(BaseException):
+    """Enough was measured: the run ends here, as if killed."""
+
+
+def sync() -> None:
+    """Wait for the device."""
+    if CUDA:
+        torch.cuda.synchronize()
+
+
+def run(
+    module: CausalLMModule,
+    folder: Path,
+    args: argparse.Namespace,
+    mode: str,
+    steps: Steps,
+    ckpt_path: str | None = None,
+) -> None:
+    """A stream of one task until ``steps`` ends it."""
+    tokens, tiny = args.tokens, args.tiny
+    general = GeneralSamples(make_rows(tiny, args.samples, tokens // 2, 1), args.samples, max_tokens=tokens // 2)
+    active: list[Any] = [
+        cl.ReplayMixer([general, EpisodicMemory(500)], rows_per_batch=2),
+        cl.ReplayDistillation(),
+        cl.ActivationMarginRegularizer(store=str(folder / "states.bin")),
+        cl.LoRAInterpolator(),
+        cl.ForgettingMonitor("val_loss", mode="min", print_table=False, plots=False),
+    ]
+    if mode != "none":
+        active.append(ModelCheckpoint(save_top_k=1, monitor="step", mode="max", every_n_train_steps=args.every))
+    trainer = pl.Trainer(
+        accelerator="gpu" if CUDA else "cpu",
+        devices=1,
+        strategy=CLSingleDeviceStrategy(checkpoint_io=BackgroundCheckpointIO() if mode == "background" else None),
+        precision="bf16-true" if CUDA else "32-true",
+        max_steps=1000,
+        max_epochs=-1,
+        limit_val_batches=1,
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_checkpointing=mode != "none",
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        callbacks=[*active, steps],
+    )
+    task = Task(
+        "a", train=make_rows(tiny, 4096 // tokens * 64, tokens, 2), val=make_rows(tiny, 4, tokens, 3), metric="loss"
+    )
+    fit_stream(
+        trainer, module, TaskStream([task], batch_size=args.batch, collate_fn=stack, seed=0), ckpt_path=ckpt_path
+    )
+
+
+@contextlib.contextmanager
+def timed_load(seconds: dict[str, float]) -> Iterator[None]:
+    """Adds up what finding and reading checkpoints takes."""
+    find = files.find_last
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        found = find(*args, **kwargs)
+        seconds["find_and_verify"] = time.perf_counter() - start
+        return found
+
+    files.find_last = timed  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        files.find_last = find  # type: ignore[assignment]
+
+
+def train(args: argparse.Namespace) -> None:
+    """The three runs; the last one ends by SIGKILL."""
+    module = make_module(args.tiny)
+    last = args.warmup + args.every * args.cycles
+    figures: dict[str, Any] = {}
+    plain: float | None = None
+    for mode in ("none", "blocking", "background"):
+        folder = args.folder / mode
+        folder.mkdir(parents=True, exist_ok=True)
+        steps = Steps(kill_at=last if mode != "background" else last + 1)
+        with contextlib.suppress(Done):
+            run(module, folder, args, mode, steps)
+        measured = steps.seconds[args.warmup - 1 :]
+        if plain is None:
+            plain = statistics.median(measured)
+            figures["step_seconds"] = plain
+            continue
+        cycles = [measured[i : i + args.every] for i in range(0, len(measured) - args.every + 1, args.every)]
+        figures[mode] = {
+            "save_call_seconds": statistics.median(steps.saves[1:] or steps.saves),
+            "stall_seconds": statistics.median(sum(cycle) - args.every * plain for cycle in cycles),
+        }
+        checkpoints = sorted(folder.glob("task_*/*.ckpt"))
+        if mode == "blocking":
+            figures["megabytes"] = checkpoints[-1].stat().st_size / 1e6
+            figures["parts_megabytes"] = parts(checkpoints[-1])
+        gc.collect()
+    (args.folder / "train.json").write_text(json.dumps(figures))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def parts(path: Path) -> dict[str, float]:
+    """Megabytes of each part of a checkpoint."""
+    checkpoint = files.peek(path)
+    found = {key: size_of(value) / 1e6 for key, value in checkpoint.items() if key != "callbacks"}
+    found.update({name.split("{")[0]: size_of(value) / 1e6 for name, value in checkpoint["callbacks"].items()})
+    return {name: size for name, size in found.items() if size >= 0.001}
+
+
+def size_of(value: Any) -> int:
+    """Bytes of the tensors in a nested value."""
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, dict):
+        return sum(size_of(entry) for entry in value.values())
+    return sum(size_of(entry) for entry in value) if isinstance(value, (list, tuple)) else 0
+
+
+def resume(args: argparse.Namespace) -> None:
+    """Go on where the killed run stood, until the first step has ended."""
+    seconds = {"process_and_imports": time.time() - args.resume}
+    start = time.perf_counter()
+    module = make_module(args.tiny)
+    sync()
+    seconds["model"] = time.perf_counter() - start
+    folder = args.folder / "background"
+    steps = Steps(kill_at=args.warmup + args.every * args.cycles + 2)
+    with timed_load(seconds):
+        begun = time.time()
+        with contextlib.suppress(Done):
+            run(module, folder, args, "background", steps, ckpt_path="last")
+    assert steps.first_step_at is not None
+    seconds["fit_until_first_step"] = steps.first_step_at - begun
+    seconds["total"] = steps.first_step_at - args.resume
+    (args.folder / "resume.json").write_text(json.dumps(seconds))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train, kill, resume; print and write the figures."""
+    args = parse(argv)
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    if args.part is not None:
+        torch.set_float32_matmul_precision("high")
+        (train if args.part == "train" else resume)(args)
+        return 0
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.folder or Path(temporary)
+        command = [sys.executable, __file__, *(argv if argv is not None else sys.argv[1:]), "--folder", str(folder)]
+        code = subprocess.run([*command, "--part", "train"], check=False).returncode
+        if code != -signal.SIGKILL:
+            raise SystemExit(f"the run ended with {code} before it was killed")
+        subprocess.run([*command, "--part", "resume", "--resume", repr(time.time())], check=True)
+        figures = json.loads((folder / "train.json").read_text())
+        figures["resume"] = json.loads((folder / "resume.json").read_text())
+    show(figures)
+    if args.out is not None:
+        settings = {key: getattr(args, key) for key in ("tiny", "batch", "tokens", "samples", "every", "cycles")}
+        args.out.write_text(json.dumps({**figures, "settings": settings, **provenance()}, indent=1))
+    return 0
+
+
+def show(figures: dict[str, Any]) -> None:
+    """Print the figures."""
+    print(f"step without checkpoints {figures['step_seconds']:.3f} s; checkpoint {figures['megabytes']:.1f} MB")
+    print("  " + ", ".join(f"{name} {size:.1f}" for name, size in figures["parts_megabytes"].items()))
+    for mode in ("blocking", "background"):
+        entry = figures[mode]
+        verdict = "met" if entry["stall_seconds"] <= 1.0 else "MISSED"
+        print(
+            f"{mode:10s} call {entry['save_call_seconds']:.3f} s, stall {entry['stall_seconds']:.3f} s"
+            f"  target 1.000  {verdict}"
+        )
+    print("resume: " + ", ".join(f"{name} {value:.1f} s" for name, value in figures["resume"].items()))
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Read the options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true", help="a small model, in seconds")
+    parser.add_argument("--out", type=Path, help="write the figures as JSON")
+    parser.add_argument("--folder", type=Path, help="where checkpoints go: the disk that is measured")
+    parser.add_argument("--every", type=int, default=6, help="steps from one checkpoint to the next")
+    parser.add_argument("--cycles", type=int, default=3, help="measured checkpoints of each run")
+    parser.add_argument("--warmup", type=int, default=6, help="steps before them, a multiple of --every")
+    parser.add_argument("--batch", type=int, default=2, help="rows of a step, beside two replayed ones half as long")
+    parser.add_argument("--tokens", type=int, default=1024, help="tokens of a row")
+    parser.add_argument("--samples", type=int, default=64, help="general samples, half as long")
+    parser.add_argument("--part", choices=["train", "resume"], help=argparse.SUPPRESS)
+    parser.add_argument("--resume", type=float, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.tiny:
+        args.tokens, args.samples = min(args.tokens, 32), min(args.samples, 16)
+    return args
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
