@@ -10,8 +10,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_cl import anatomy, weights
-from lightning_cl.replay.generation import evaluating
 from lightning_cl.replay.rows import layout_of
+from lightning_cl.replay.stillness import evaluating
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl

@@ -11,7 +11,10 @@ import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_cl.replay.generation import DecodeEngine, InverseSampler, row_uniforms
+from lightning_cl.replay.fused_network import FusedNetwork
+from lightning_cl.replay.generation import DecodeEngine
+from lightning_cl.replay.library_network import LibraryNetwork
+from lightning_cl.replay.sampling import InverseSampler, row_uniforms
 from tests.helpers import spawn
 from tests.helpers.models import PlainLM, lora, tiny_llama
 
@@ -82,12 +85,20 @@ def test_equals_the_naive_loop(name: str) -> None:
         assert row.tolist() == naive(model, prompt, 20, seed=3, row=4 + i)
 
 
-def test_a_shared_prompt_is_one_parallel_pass() -> None:
-    model, prompts = tiny_llama().eval(), [[1, 4, 5, 6], [1, 9, 9, 9, 9, 9]]
+@pytest.mark.parametrize("name", ["llama", "granite, logit scale"])
+def test_a_shared_prompt_is_one_parallel_pass(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompts = family(name).eval(), [[1, 4, 5, 6], [1, 9, 9, 9, 9, 9]]
+    network = FusedNetwork if name == "llama" else LibraryNetwork
     calls: list[int] = []
-    hook = model.register_forward_pre_hook(lambda m, a, kw: calls.append(kw["input_ids"].shape[1]), with_kwargs=True)
+    forward = network.forward
+
+    def counted(self: Any, tokens: Any, *args: Any) -> Any:
+        calls.append(tokens.shape[1])
+        return forward(self, tokens, *args)
+
+    monkeypatch.setattr(network, "agrees", lambda self: True, raising=False)
+    monkeypatch.setattr(network, "forward", counted)
     made = DecodeEngine(model, length=12, temperature=0.7).generate(prompts)
-    hook.remove()
     assert calls == [4] + [1] * 7
     assert [row.tolist() for row in made.rows] == [
         naive(model, p, 12, seed=0, row=i, temperature=0.7) for i, p in enumerate(prompts)
@@ -163,19 +174,13 @@ def test_the_model_is_left_as_it_was() -> None:
     assert not any(p.grad is not None for p in model.parameters())
 
 
-def test_logits_that_are_not_finite_stop_with_the_position() -> None:
-    model = tiny_llama()
-    calls = []
-
-    def break_it(module: Any, args: Any, output: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 6:
-            output.logits[0, 0, 5] = float("nan")
-        return output
-
-    model.register_forward_hook(break_it)
+@pytest.mark.parametrize("name", ["llama", "granite, logit scale"])
+def test_logits_that_are_not_finite_stop_with_the_position(name: str) -> None:
+    model = family(name)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[77] = float("nan")
     with pytest.raises(RuntimeError, match="Generation stopped at position 6 of 16: the logits are not finite"):
-        DecodeEngine(model, length=16).generate([[1]] * 2)
+        DecodeEngine(model, length=16).generate([[1], [1, 3, 3, 3, 3, 77, 3]])
     assert model.config._attn_implementation == "sdpa"
 
 
@@ -249,7 +254,7 @@ def _expected_mode(name: str) -> str:
 @pytest.mark.parametrize("name", FAMILIES[:6])
 def test_what_would_be_recorded_on_a_gpu(name: str) -> None:
     engine = DecodeEngine(family(name), length=40)
-    assert engine._resolved_mode(torch.device("cuda")) == _expected_mode(name)
+    assert engine._resolved_mode(torch.device("cuda"), engine._network()) == _expected_mode(name)
 
 
 @pytest.mark.gpu
