@@ -89,6 +89,8 @@ class Attachment:
         self._undo: list[Callable[[], None]] = []
         self._installed = False
         self._finite = FiniteGuard()
+        # Numbers that are logged, on the device.
+        self._constants: dict[float, Tensor] = {}
 
     # ------------------------------------------------------------------ life
 
@@ -289,11 +291,19 @@ class Attachment:
         elif self._joiner.needs_row_losses and added.replay.count:
             loss = added.weigh(self._row_losses)
         if added.replay.count:
-            self.module.log("cl/replay_rows", float(added.replay.count), batch_size=1)
-            self.module.log("cl/replay_separate", float(added.separate is not None), batch_size=1)
+            self._log("replay_rows", added.replay.count)
+            self._log("replay_separate", added.separate is not None)
             if added.task_weight is not None:
-                self.module.log("cl/task_weight", added.task_weight, batch_size=1)
+                self._log("task_weight", added.task_weight)
         return loss
+
+    def _log(self, name: str, value: Tensor | float) -> None:
+        if not isinstance(value, Tensor):
+            # Lightning would copy a number to the device anew in each step, and wait for the device to do so.
+            if value not in self._constants:
+                self._constants[value] = torch.tensor(float(value), device=self.module.device)
+            value = self._constants[value]
+        self.module.log(f"cl/{name}", value, batch_size=1)
 
     def _with_terms(self, loss: Tensor, step: Step, raw: dict[str, Any], loss_index: int | None = None) -> Tensor:
         step.task_loss = loss.detach()
@@ -309,8 +319,8 @@ class Attachment:
             values[name] = value.detach()
             loss = loss + value
         for name, value in values.items():
-            self.module.log(f"cl/{name}", value, batch_size=1)
-            self.module.log(f"cl/{name}_ratio", value / step.task_loss, batch_size=1)
+            self._log(name, value)
+            self._log(f"{name}_ratio", value / step.task_loss)
         self._finite.watch(values, step)
         return loss
 

@@ -25,7 +25,8 @@ from lightning_cl.functional.margin import (
     encode_activation_states,
     feature_imitation_loss,
 )
-from lightning_cl.replay.collecting import row_key, to_device, without_first_token
+from lightning_cl.replay.collecting import to_device, without_first_token
+from lightning_cl.replay.identity import row_key
 from lightning_cl.replay.reference_states import ReferenceOptions, ReferenceStates, fixed_rows
 from lightning_cl.step import Step
 
@@ -287,7 +288,7 @@ class ActivationMarginRegularizer(ContinualCallback):
             losses.append(
                 self._layer_loss(name, rows, masks[name], [replay.ids[i] for i in covered], reference, tokens)
             )
-        loss = torch.stack(losses).mean() if losses else None
+        loss = None if not losses else losses[0] if len(losses) == 1 else torch.stack(losses).mean()
         factor = self._weight(loss, step)
         return None if loss is None else factor * loss
 
@@ -353,20 +354,20 @@ class ActivationMarginRegularizer(ContinualCallback):
         """The rows' stored states (or activations), each beside its token: ``[R, T, W]`` or ``[R, W]``."""
         states = self._reference.states
         assert states is not None
-        flat = to_device(states.gather(name, keys), hidden.device)
-        if mask is None:
-            return flat
+        width = 1 if mask is None else mask.shape[1]
         lengths = torch.tensor([states.tokens(key) for key in keys])
-        starts = to_device(lengths.cumsum(0) - lengths, hidden.device)
-        places = mask.cumsum(1) - 1
-        if not self._lengths_checked or not hidden.is_cuda:
+        if int(lengths.max()) > width:
+            raise self._truncated(f"{width} tokens a row, whose stored states have up to {int(lengths.max())}")
+        if mask is not None and (not self._lengths_checked or not hidden.is_cuda):
             # On a GPU in the first step only: it waits for the device.
-            here = mask.sum(1).cpu()
-            if not torch.equal(here, lengths):
-                key, new, old = next((k, int(a), int(b)) for k, a, b in zip(keys, here, lengths, strict=True) if a != b)
+            here = mask.cpu()
+            if not torch.equal(here, torch.arange(width) < lengths[:, None]):
+                counts = zip(keys, here.sum(1).tolist(), lengths.tolist(), strict=True)
+                key, new, old = next(((k, n, m) for k, n, m in counts if n != m), (keys[0], "other", "first"))
                 raise self._truncated(f"{new} tokens in row {key!r}, whose stored states have {old}")
             self._lengths_checked = True
-        return flat[(places.clamp_min(0) + starts[:, None]).clamp_max(len(flat) - 1)]
+        rows = states.batch(name, keys, width, pin_memory=hidden.is_cuda).to(hidden.device, non_blocking=True)
+        return rows[:, 0] if mask is None else rows
 
     def _truncated(self, found: str) -> MisconfigurationException:
         return MisconfigurationException(

@@ -69,14 +69,16 @@ class ActivationMoments:
                 )
             keep = (mask != 0).reshape(-1, 1)
         for start in range(0, len(rows), _ROWS_AT_ONCE):
-            block = rows[start : start + _ROWS_AT_ONCE].to(self._device, torch.float64)
-            valid = torch.isfinite(block)
+            block = rows[start : start + _ROWS_AT_ONCE]
+            # in the input's own precision, which has fewer bytes to read
+            valid = torch.isfinite(block).to(self._device)
             if keep is not None:
                 # masked instead of selected: a selection by mask would wait for the device
                 valid &= keep[start : start + _ROWS_AT_ONCE].to(self._device)
             count = valid.sum(0, dtype=torch.float64)
-            mean = block.where(valid, 0.0).sum(0) / count.clamp_min(1.0)
-            m2 = (block - mean).where(valid, 0.0).square_().sum(0)
+            values = block.to(self._device, torch.float64).where(valid, 0.0)
+            mean = values.sum(0) / count.clamp_min(1.0)
+            m2 = values.sub_(mean).masked_fill_(~valid, 0.0).square_().sum(0)
             self._merge(count, mean, m2)
 
     def merge(self, other: ActivationMoments) -> None:

@@ -3,15 +3,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
@@ -19,15 +20,16 @@ from tqdm.auto import tqdm
 
 from lightning_cl import anatomy, weights
 from lightning_cl.distributed import gather_objects, rank, world_size
-from lightning_cl.functional.fingerprint import tensor_fingerprint
 from lightning_cl.functional.margin import ActivationMoments, encode_activation_states
+from lightning_cl.replay.identity import row_key
 from lightning_cl.replay.rows import BatchLayout, Row, collate_rows
+from lightning_cl.replay.state_store import LayerShape, StateStore
 
 # Share of a GPU's free memory that activations may wait in until the thresholds are known; else they wait on the CPU.
 _DEVICE_SHARE = 0.25
 
-# Batches whose states the ranks exchange at once.
-_EXCHANGE = 16
+# Copies from the device that may be under way at once.
+_COPIES = 2
 
 
 @dataclass
@@ -36,77 +38,20 @@ class Collected:
 
     Attributes:
         thresholds: ``[2, D]`` float32 on the CPU by layer: lower, upper.
-        states: ``[tokens of all rows, W]`` on the CPU by layer, in the rows' order; empty if nothing was kept.
-        tokens: tokens of each row by row id.
+        store: the states (or activations) of all rows; None if only thresholds were asked for.
     """
 
     thresholds: dict[str, Tensor]
-    states: dict[str, Tensor]
-    tokens: dict[str, int]
+    store: StateStore | None
 
 
-def row_key(row: Row) -> str:
-    """The row's id as ``step.replay.ids`` shows it."""
-    return f"{row.source}:{row.id}"
+@dataclass
+class _Held:
+    """A batch of this rank that waits for the thresholds: ``[tokens, D]`` by layer, without padding."""
 
-
-def rows_digest(rows: Sequence[Row]) -> str:
-    """A hash of ids and inputs of all rows, in order: what the network would read, whatever made it."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(row_key(row).encode())
-        for path, value in sorted(row.content.items()):
-            if path == "labels":
-                continue
-            digest.update(path.encode())
-            if isinstance(value, Tensor):
-                digest.update(str((value.dtype, tuple(value.shape))).encode())
-                digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-            else:
-                digest.update(repr(value).encode())
-    return digest.hexdigest()
-
-
-def weights_fingerprint(module: nn.Module, adapters: bool = True) -> str:
-    """A hash of every bit of a network's parameters and persistent buffers, independent of how they are sharded.
-
-    Args:
-        module: the network.
-        adapters: whether PEFT adapter weights count. Without them, a LoRA model has its base's fingerprint.
-
-    Returns:
-        64 hexadecimal digits. Collective for a sharded module.
-    """
-    skipped: set[int] = set()
-    for layer in anatomy.adapter_layers(module):
-        base = {id(p) for p in layer.get_base_layer().parameters()}
-        skipped |= {id(p) for p in layer.parameters() if id(p) not in base}
-    if adapters:
-        skipped.clear()
-    sharded = weights.is_sharded(module)
-    names, marks = [], []
-    for name, tensor in _persistent(module):
-        if id(tensor) in skipped:
-            continue
-        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-        if sharded and whole is tensor and isinstance(tensor, nn.Parameter):
-            whole = weights.gather(module, {name: weights.local(tensor)}, {name: tensor}, everywhere=True)[name]
-        shape = tuple(whole.shape)
-        names.append(f"{weights.clean_name(name).replace('_orig_mod.', '').replace('base_layer.', '')}{shape}")
-        marks.append(tensor_fingerprint(whole))
-    # one transfer for all of them
-    device = marks[0].device if marks else torch.device("cpu")
-    values = torch.stack([mark.to(device) for mark in marks]).tolist() if marks else []
-    text = ";".join(sorted(f"{name}={value}" for name, value in zip(names, values, strict=True)))
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _persistent(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    yield from module.named_parameters(remove_duplicate=True)
-    for prefix, part in module.named_modules():
-        for name, buffer in part._buffers.items():
-            if buffer is not None and name not in part._non_persistent_buffers_set:
-                yield f"{prefix}.{name}" if prefix else name, buffer
+    keys: list[str]
+    lengths: list[int]
+    activations: dict[str, Tensor]
 
 
 class ActivationCollector:
@@ -145,47 +90,122 @@ class ActivationCollector:
         self._skip_first = skip_first_token
         self._moments: dict[str, ActivationMoments] = {}
 
-    def collect(self, rows: Sequence[Row], num_std: float, keep: Literal["states", "values"] | None) -> Collected:
+    def collect(
+        self,
+        rows: Sequence[Row],
+        num_std: float,
+        keep: Literal["states", "values"] | None,
+        manifest: Mapping[str, Any],
+    ) -> Collected:
         """Make the pass.
 
         Args:
             rows: the rows, the same on every rank.
             num_std: half width of the neutral interval in standard deviations.
             keep: 2-bit ``"states"``, bfloat16 ``"values"``, or None for the thresholds alone.
+            manifest: what the store shall say that its states belong to.
 
         Raises:
             MisconfigurationException: if a watched module does not run, or puts out another shape.
         """
-        held: list[tuple[list[str], list[int], dict[str, Tensor]]] = []
+        store: StateStore | None = None
+        held: list[_Held] = []
+        tokens = {row_key(row): row.length for row in rows} if all("input_ids" in row.content for row in rows) else {}
         room = _device_room(self._trainer.strategy.root_device)
         with self._evaluation():
             for batch, real in self._batches(rows):
-                recorded = self._forward(batch)
-                lengths = self._lengths(batch[:real], recorded)
-                # rows that only fill the batch up count nowhere
-                mask = _mask([*lengths, *[0] * (len(batch) - real)], next(iter(recorded.values())))
-                kept: dict[str, Tensor] = {}
-                for name, hidden in recorded.items():
-                    moments = self._moments.setdefault(name, ActivationMoments(hidden.shape[-1], hidden.device))
-                    moments.update(hidden, without_first_token(mask) if self._skip_first else mask)
-                    if keep:
-                        flat = hidden.flatten(0, 1).index_select(0, _real_tokens(lengths, hidden))
-                        room -= flat.numel() * flat.element_size()
-                        kept[name] = flat if room > 0 else flat.cpu()
-                held.append(([row_key(row) for row in batch[:real]], lengths, kept))
+                found = self._run(batch, real)
+                if not keep:
+                    continue
+                held.append(found)
+                for name, flat in found.activations.items():
+                    room -= flat.numel() * flat.element_size()
+                    found.activations[name] = flat if room > 0 else flat.cpu()
+                if store is None and [tokens.get(key) for key in found.keys] == found.lengths:
+                    # Here, since the device has work to do meanwhile.
+                    store = StateStore.empty(manifest, tokens, self._shapes(keep))
+        thresholds = self._thresholds(num_std)
+        if keep:
+            shares = gather_objects([(batch.keys, batch.lengths) for batch in held])
+            if store is None:
+                found_tokens = {
+                    key: n for share in shares for keys, ns in share for key, n in zip(keys, ns, strict=True)
+                }
+                tokens = {row_key(row): found_tokens[row_key(row)] for row in rows}
+                store = StateStore.empty(manifest, tokens, self._shapes(keep))
+            self._fill(store, held, shares, thresholds, keep)
+        return Collected({name: limits.cpu() for name, limits in thresholds.items()}, store)
+
+    def _run(self, batch: Sequence[Row], real: int) -> _Held:
+        """One forward pass: its activations join the moments. Rows after the first ``real`` ones count nowhere."""
+        recorded = self._forward(batch)
+        lengths = self._lengths(batch[:real], recorded)
+        activations: dict[str, Tensor] = {}
+        for name, hidden in recorded.items():
+            hidden = hidden if hidden.ndim == 3 else hidden[:, None]
+            moments = self._moments.setdefault(name, ActivationMoments(hidden.shape[-1], hidden.device))
+            flat = hidden.flatten(0, 1)
+            activations[name] = flat.index_select(0, _places(lengths, hidden))
+            counted = flat.index_select(0, _places(lengths, hidden, first=1)) if self._skip_first else activations[name]
+            moments.update(counted)
+        return _Held([row_key(row) for row in batch[:real]], lengths, activations)
+
+    def _thresholds(self, num_std: float) -> dict[str, Tensor]:
+        """``[2, D]`` by layer, on the device, from everybody's moments."""
+        limits = {}
         for name, moments in self._moments.items():
             merged = ActivationMoments(len(moments.count), moments.count.device)
             for state in gather_objects(moments.state_dict()):
                 other = ActivationMoments(len(moments.count), moments.count.device)
                 other.load_state_dict(state)
                 merged.merge(other)
-            self._moments[name] = merged
-        limits = {name: moments.thresholds(num_std) for name, moments in self._moments.items()}
-        thresholds = {name: torch.stack(pair).cpu() for name, pair in limits.items()}
-        shares = gather_objects([(keys, lengths) for keys, lengths, _ in held])
-        tokens = {key: n for share in shares for key, n in _pairs(share)}
-        states = self._exchange(rows, held, limits, keep) if keep else {}
-        return Collected(thresholds, states, {row_key(row): tokens[row_key(row)] for row in rows})
+            limits[name] = torch.stack(merged.thresholds(num_std))
+        return limits
+
+    def _shapes(self, keep: Literal["states", "values"]) -> dict[str, LayerShape]:
+        dims = {name: len(moments.count) for name, moments in self._moments.items()}
+        if keep == "values":
+            return {name: LayerShape(torch.bfloat16, dim, dim) for name, dim in dims.items()}
+        return {name: LayerShape(torch.uint8, -(-dim // 4), dim) for name, dim in dims.items()}
+
+    def _fill(
+        self,
+        store: StateStore,
+        held: list[_Held],
+        shares: list[list[tuple[list[str], list[int]]]],
+        thresholds: Mapping[str, Tensor],
+        keep: Literal["states", "values"],
+    ) -> None:
+        """Write everybody's states into the store; the activations are let go one by one."""
+        for name, limits in thresholds.items():
+            store.layers[name].thresholds.copy_(limits)
+            kept = store.layers[name].rows
+
+            def write(packed: Tensor, keys: list[str], lengths: list[int], kept: Tensor = kept) -> None:
+                for key, piece in zip(keys, packed.split(lengths), strict=True):
+                    kept[store.place(key)] = piece
+
+            copies = _Copies(write)
+            for index, batch in enumerate(held):
+                flat = batch.activations.pop(name)
+                packed = encode_activation_states(flat, *limits) if keep == "states" else flat.bfloat16()
+                theirs = [share[index] for share in shares]
+                pieces = self._everyones(packed, [sum(lengths) for _, lengths in theirs])
+                for piece, (keys, lengths) in zip(pieces, theirs, strict=True):
+                    copies.add(piece, keys, lengths)
+            copies.finish()
+        store.seal()
+
+    def _everyones(self, packed: Tensor, counts: list[int]) -> list[Tensor]:
+        """The ranks' ``packed`` tensors, of ``counts`` entries."""
+        if len(counts) == 1:
+            return [packed]
+        mine = packed.to(self._trainer.strategy.root_device).view(torch.uint8)
+        padded = mine.new_zeros(max(counts), mine.shape[1])
+        padded[: len(mine)] = mine
+        pieces = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(pieces, padded)
+        return [piece[:count].view(packed.dtype) for piece, count in zip(pieces, counts, strict=True)]
 
     def _batches(self, rows: Sequence[Row]) -> Iterator[tuple[Sequence[Row], int]]:
         """This rank's batches and how many rows of each are its own; the rest fills up to the other ranks' sizes."""
@@ -259,15 +279,14 @@ class ActivationCollector:
                 f"The watched module {name!r} put out {shown} for {rows} rows, but states are kept per row (and token) and"
                 " hidden dimension: it must give `[rows, tokens, D]` or `[rows, D]`. Name another module in `layers=`."
             )
-        value = value.detach()
-        return value if value.ndim == 3 else value[:, None]
+        return value.detach()
 
     def _lengths(self, rows: Sequence[Row], recorded: Mapping[str, Tensor]) -> list[int]:
-        """Real tokens of each row; data without a token axis of its own has whatever the modules make of it."""
-        widths = {name: hidden.shape[1] for name, hidden in recorded.items()}
+        """Real tokens of each row; what has no token axis of its own has whatever the modules make of it."""
+        widths = {name: hidden.shape[1] if hidden.ndim == 3 else 0 for name, hidden in recorded.items()}
         width = min(widths.values())
-        lengths = [row.length if "input_ids" in row.content else width for row in rows]
-        if len(set(widths.values())) > 1 or max(lengths, default=0) > width:
+        lengths = [row.length if width and "input_ids" in row.content else max(width, 1) for row in rows]
+        if len(set(widths.values())) > 1 or max(lengths, default=0) > max(width, 1):
             raise MisconfigurationException(
                 f"The watched modules put out {widths} tokens a row for rows of up to {max(lengths, default=0)}, so tokens"
                 " and states cannot be matched. Name modules in `layers=` that keep the network's tokens."
@@ -297,26 +316,36 @@ class ActivationCollector:
                 part.training = True
             weights.reshard(self._module)
 
-    def _exchange(
-        self,
-        rows: Sequence[Row],
-        held: list[tuple[list[str], list[int], dict[str, Tensor]]],
-        limits: Mapping[str, tuple[Tensor, Tensor]],
-        keep: Literal["states", "values"],
-    ) -> dict[str, Tensor]:
-        """Everybody's states in the order of the rows."""
-        pieces: dict[str, dict[str, Tensor]] = {name: {} for name in limits}
-        for start in range(0, len(held), _EXCHANGE):
-            mine: list[tuple[str, list[str], list[int], Tensor]] = []
-            for keys, lengths, activations in held[start : start + _EXCHANGE]:
-                for name, flat in activations.items():
-                    packed = encode_activation_states(flat, *limits[name]) if keep == "states" else flat.bfloat16()
-                    mine.append((name, keys, lengths, packed.cpu()))
-                activations.clear()
-            for theirs in gather_objects(mine):
-                for name, keys, lengths, packed in theirs:
-                    pieces[name] |= zip(keys, packed.split(lengths), strict=True)
-        return {name: torch.cat([found[row_key(row)] for row in rows]) for name, found in pieces.items()}
+
+class _Copies:
+    """Copies tensors from the device to the CPU, and writes each where it belongs while the next ones are under way."""
+
+    def __init__(self, write: Callable[..., None]) -> None:
+        self._write = write
+        self._under_way: deque[tuple[Tensor, torch.cuda.Event | None, tuple[Any, ...]]] = deque()
+
+    def add(self, tensor: Tensor, *args: Any) -> None:
+        """Begin with a tensor; ``write(copy, *args)`` follows."""
+        arrived = None
+        if tensor.is_cuda:
+            copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            tensor = copy.copy_(tensor, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+        self._under_way.append((tensor, arrived, args))
+        if len(self._under_way) > _COPIES:
+            self._end_one()
+
+    def finish(self) -> None:
+        """Write what is left."""
+        while self._under_way:
+            self._end_one()
+
+    def _end_one(self) -> None:
+        tensor, arrived, args = self._under_way.popleft()
+        if arrived is not None:
+            arrived.synchronize()
+        self._write(tensor, *args)
 
 
 def without_first_token(mask: Tensor) -> Tensor:
@@ -329,20 +358,10 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def _mask(lengths: list[int], hidden: Tensor) -> Tensor:
-    mask = torch.arange(hidden.shape[1])[None] < torch.tensor(lengths)[:, None]
-    return to_device(mask, hidden.device)
-
-
-def _real_tokens(lengths: list[int], hidden: Tensor) -> Tensor:
-    """Places of the rows' real tokens in ``hidden.flatten(0, 1)``."""
-    places = [torch.arange(n) + i * hidden.shape[1] for i, n in enumerate(lengths)]
+def _places(lengths: list[int], hidden: Tensor, first: int = 0) -> Tensor:
+    """Places of the rows' real tokens, from their ``first`` one on, in ``hidden.flatten(0, 1)``."""
+    places = [torch.arange(first, n) + i * hidden.shape[1] for i, n in enumerate(lengths)]
     return to_device(torch.cat(places) if places else torch.zeros(0, dtype=torch.long), hidden.device)
-
-
-def _pairs(batches: Sequence[tuple[list[str], list[int]]]) -> Iterator[tuple[str, int]]:
-    for keys, lengths in batches:
-        yield from zip(keys, lengths, strict=True)
 
 
 def _device_room(device: torch.device) -> float:

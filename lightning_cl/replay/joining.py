@@ -269,7 +269,8 @@ class Joiner:
         if layout.packed or not isinstance(labels, Tensor) or labels.ndim != 2:
             return None
         mine = (labels[:, 1:] != IGNORED_LABEL).sum(1)
-        return torch.cat([mine, torch.tensor([row.tokens for row in rows], device=mine.device)])
+        theirs = torch.tensor([row.tokens for row in rows]).to(mine.device, non_blocking=True)
+        return torch.cat([mine, theirs])
 
     def _effective_weight(self, layout: BatchLayout, rows: list[Row], tokens: Tensor | None) -> Any:
         """The share that the task rows have in a mean over all tokens (all rows, for data without labels)."""

@@ -18,9 +18,10 @@ from torch import Tensor
 from lightning_cl import anatomy, weights
 from lightning_cl.distributed import gather_objects, raise_together
 from lightning_cl.replay.anchor import WeightAnchor
-from lightning_cl.replay.collecting import ActivationCollector, row_key, rows_digest, weights_fingerprint
+from lightning_cl.replay.collecting import ActivationCollector
+from lightning_cl.replay.identity import row_key, rows_digest, weights_fingerprint
 from lightning_cl.replay.rows import Row
-from lightning_cl.replay.state_store import LayerStates, StateStore
+from lightning_cl.replay.state_store import StateStore
 
 
 @dataclass(frozen=True)
@@ -183,18 +184,19 @@ class ReferenceStates:
     ) -> None:
         start = time.perf_counter()
         keep: Any = {"margin": "states", "l1": "values", "l2": "values"}[self.options.objective]
-        found = collector.collect(rows, self.options.num_std, keep if self.options.reference == "stored" else None)
-        if self.options.reference == "recompute":
+        stored = self.options.reference == "stored"
+        found = collector.collect(rows, self.options.num_std, keep if stored else None, manifest)
+        if found.store is None:
             self._thresholds = found.thresholds
             return
-        layers = {name: LayerStates(states, found.thresholds[name]) for name, states in found.states.items()}
-        self.states = StateStore.build(manifest, found.tokens, layers)
+        self.states = found.store
         path = self.options.store
         if path:
             self._write(trainer, path)
+        tokens = sum(self.states.tokens(row) for row in self.states.rows)
         rank_zero_info(
-            f"Reference activations of {len(rows)} rows, {sum(found.tokens.values())} tokens:"
-            f" {self.states.nbytes() / 2**20:.1f} MiB in {time.perf_counter() - start:.1f} s ({path or 'in memory'})."
+            f"Reference activations of {len(rows)} rows, {tokens} tokens: {self.states.nbytes() / 2**20:.1f} MiB in"
+            f" {time.perf_counter() - start:.1f} s ({path or 'in memory'})."
         )
 
     def _write(self, trainer: pl.Trainer, path: str) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -30,6 +30,14 @@ _DTYPES = {"uint8": torch.uint8, "bfloat16": torch.bfloat16}
 
 class StoreError(MisconfigurationException):
     """A store that cannot be used as it is: damaged, or made for something else."""
+
+
+class LayerShape(NamedTuple):
+    """What is kept of one layer: ``width`` entries of ``dtype`` a token, of ``dim`` hidden dimensions."""
+
+    dtype: torch.dtype
+    width: int
+    dim: int
 
 
 @dataclass(frozen=True)
@@ -59,8 +67,8 @@ class StateStore:
     Example:
         >>> states = {"norm": LayerStates(torch.zeros(3, 2, dtype=torch.uint8), torch.zeros(2, 5))}
         >>> store = StateStore.build({"layers": ["norm"]}, {"a": 1, "b": 2}, states)
-        >>> store.tokens("b"), store.gather("norm", ["b", "a"]).shape
-        (2, torch.Size([3, 2]))
+        >>> store.tokens("b"), store.batch("norm", ["b", "a"], width=4).shape
+        (2, torch.Size([2, 4, 2]))
     """
 
     def __init__(self, header: dict[str, Any], blob: Tensor) -> None:
@@ -75,59 +83,76 @@ class StateStore:
         self.layers = {entry["name"]: self._layer(entry, start) for entry in header["layers"]}
 
     @classmethod
-    def build(
-        cls, manifest: Mapping[str, Any], tokens: Mapping[str, int], layers: Mapping[str, LayerStates]
+    def empty(
+        cls, manifest: Mapping[str, Any], tokens: Mapping[str, int], layers: Mapping[str, LayerShape]
     ) -> StateStore:
-        """A store in memory.
+        """A store in memory to be filled: write into its :attr:`layers`, then :meth:`seal` it.
 
         Args:
             manifest: plain values (JSON) that say what the states belong to.
             tokens: number of tokens of each row, by row id, in the order in which the layers hold them.
-            layers: the states by layer name.
+            layers: what is kept, by layer name.
+
+        Raises:
+            ValueError: for a dtype that is not stored.
+        """
+        total = sum(tokens.values())
+        entries: list[dict[str, Any]] = []
+        end = 0
+        for name, shape in layers.items():
+            dtype = str(shape.dtype).removeprefix("torch.")
+            if dtype not in _DTYPES:
+                raise ValueError(f"Layer {name!r} has states {dtype}, and a store holds one of {list(_DTYPES)}.")
+            rows_at = end + _aligned(8 * shape.dim)
+            entries.append(
+                {
+                    "name": name,
+                    "dtype": dtype,
+                    "width": shape.width,
+                    "dim": shape.dim,
+                    "thresholds_at": end,
+                    "rows_at": rows_at,
+                }
+            )
+            end = rows_at + _aligned(total * shape.width * shape.dtype.itemsize)
+        header = {
+            "manifest": dict(manifest),
+            "rows": [[row, count] for row, count in tokens.items()],
+            "layers": entries,
+            "bytes": end,
+            "sha256": "",
+        }
+        # Through JSON and back, so that a store in memory and one from a file compare equal. Written to, so that the
+        # system has found its pages before the states come.
+        return cls(json.loads(json.dumps(header)), torch.empty(end, dtype=torch.uint8).zero_())
+
+    def seal(self) -> StateStore:
+        """Hash what was written; from here on the store is never changed."""
+        self._header["sha256"] = _sha256(self._blob)
+        return self
+
+    @classmethod
+    def build(
+        cls, manifest: Mapping[str, Any], tokens: Mapping[str, int], layers: Mapping[str, LayerStates]
+    ) -> StateStore:
+        """A store in memory of states that are there already; arguments as those of :meth:`empty`.
 
         Raises:
             ValueError: If a layer has another number of tokens than the rows, or a dtype that is not stored.
         """
         total = sum(tokens.values())
-        parts: list[Tensor] = []
-        entries: list[dict[str, Any]] = []
-        position = 0
-
-        def append(part: Tensor) -> int:
-            nonlocal position
-            start = position
-            data = part.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            parts.extend([data, torch.zeros(-len(data) % _ALIGN, dtype=torch.uint8)])
-            position += len(data) + len(parts[-1])
-            return start
-
         for name, states in layers.items():
-            dtype = str(states.rows.dtype).removeprefix("torch.")
-            if len(states.rows) != total or dtype not in _DTYPES:
+            if len(states.rows) != total:
                 raise ValueError(
-                    f"Layer {name!r} has states {dtype} {tuple(states.rows.shape)} for {total} tokens. Give one entry a"
-                    f" token, in one of {list(_DTYPES)}."
+                    f"Layer {name!r} has states of {len(states.rows)} tokens, the rows have {total}. Give one entry a"
+                    " token."
                 )
-            entries.append(
-                {
-                    "name": name,
-                    "dtype": dtype,
-                    "width": states.rows.shape[1],
-                    "dim": states.thresholds.shape[1],
-                    "thresholds_at": append(states.thresholds.float()),
-                    "rows_at": append(states.rows),
-                }
-            )
-        blob = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.uint8)
-        header = {
-            "manifest": dict(manifest),
-            "rows": [[row, count] for row, count in tokens.items()],
-            "layers": entries,
-            "bytes": len(blob),
-            "sha256": _sha256(blob),
-        }
-        # Through JSON and back, so that a store in memory and one from a file compare equal.
-        return cls(json.loads(json.dumps(header)), blob)
+        shapes = {n: LayerShape(s.rows.dtype, s.rows.shape[1], s.thresholds.shape[1]) for n, s in layers.items()}
+        store = cls.empty(manifest, tokens, shapes)
+        for name, states in layers.items():
+            store.layers[name].rows.copy_(states.rows)
+            store.layers[name].thresholds.copy_(states.thresholds)
+        return store.seal()
 
     @property
     def digest(self) -> str:
@@ -146,10 +171,28 @@ class StateStore:
         """Number of tokens of a row when its states were taken."""
         return self._place[row][1]
 
-    def gather(self, layer: str, rows: Sequence[str]) -> Tensor:
-        """The states of some rows, one after the other: ``[sum of their tokens, W]``, on the CPU."""
+    def place(self, row: str) -> slice:
+        """Where in its layer's ``rows`` the tokens of a row lie."""
+        start, tokens = self._place[row]
+        return slice(start, start + tokens)
+
+    def batch(self, layer: str, rows: Sequence[str], width: int, pin_memory: bool = False) -> Tensor:
+        """The states of some rows as they lie in a padded batch: ``[R, width, W]``, on the CPU, zero at the padding.
+
+        Args:
+            layer: name of the layer.
+            rows: row ids.
+            width: tokens of each row in the batch, at least as many as it has here.
+            pin_memory: for a copy to a GPU that nothing waits for.
+        """
         stored = self.layers[layer].rows
-        return torch.cat([stored.narrow(0, *self._place[row]) for row in rows])
+        out = torch.empty(len(rows), width, stored.shape[1], dtype=stored.dtype, pin_memory=pin_memory)
+        for i, row in enumerate(rows):
+            start, tokens = self._place[row]
+            out[i, :tokens] = stored[start : start + tokens]
+            if tokens < width:
+                out[i, tokens:].zero_()
+        return out
 
     def nbytes(self) -> int:
         """Size of thresholds and states in bytes."""
@@ -241,6 +284,10 @@ class StateStore:
         rows = self._blob[entry["rows_at"] :][:size].view(dtype).view(tokens, entry["width"])
         thresholds = self._blob[entry["thresholds_at"] :][: 8 * entry["dim"]].view(torch.float32)
         return LayerStates(rows, thresholds.view(2, entry["dim"]))
+
+
+def _aligned(size: int) -> int:
+    return size + -size % _ALIGN
 
 
 def _sha256(data: Tensor) -> str:

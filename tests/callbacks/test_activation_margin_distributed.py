@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_cl import weights
 from lightning_cl.callbacks import ActivationMarginRegularizer, ReplayMixer
 from lightning_cl.replay import GeneralSamples
-from lightning_cl.replay.collecting import weights_fingerprint
+from lightning_cl.replay.identity import weights_fingerprint
 from lightning_cl.replay.state_store import StoreError
 from tests.helpers import models, spawn
 from tests.test_attachment_distributed import ShardedLM

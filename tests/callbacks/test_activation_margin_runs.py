@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_cl import Task, TaskStream, fit_stream
 from lightning_cl.callbacks import ActivationMarginRegularizer, ReplayDistillation, ReplayMixer
-from lightning_cl.replay.collecting import weights_fingerprint
+from lightning_cl.replay.identity import weights_fingerprint
 from lightning_cl.replay.state_store import StateStore, StoreError
 from tests.callbacks.margin_tools import (
     ROWS,

@@ -62,8 +62,13 @@ def test_rows_come_out_as_they_went_in(tmp_path_factory, seed, lengths, dims, va
         assert same(found, store)
         order = list(reversed(range(len(lengths))))
         for name, states in layers.items():
-            want = torch.cat([states.rows[starts[i] : starts[i] + lengths[i]] for i in order])
-            assert torch.equal(found.gather(name, [f"G:{i}" for i in order]), want)
+            width = max(lengths) + 2
+            batch = found.batch(name, [f"G:{i}" for i in order], width)
+            assert batch.shape[:2] == (len(order), width)
+            for row, i in zip(batch, order, strict=True):
+                assert torch.equal(row[: lengths[i]], states.rows[starts[i] : starts[i] + lengths[i]])
+                assert not row[lengths[i] :].any()
+                assert torch.equal(found.layers[name].rows[found.place(f"G:{i}")], row[: lengths[i]])
             assert torch.equal(found.layers[name].thresholds, states.thresholds)
         assert [found.tokens(row) for row in found.rows] == lengths
     assert "G:0" in store
@@ -181,7 +186,7 @@ def test_a_disk_that_cannot_be_written_keeps_the_old(tmp_path: Path, monkeypatch
 
 def test_a_layer_that_does_not_fit_its_rows() -> None:
     states = LayerStates(torch.zeros(3, 2, dtype=torch.uint8), torch.zeros(2, 5))
-    with pytest.raises(ValueError, match=r"Layer 'l' has states uint8 \(3, 2\) for 4 tokens"):
+    with pytest.raises(ValueError, match=r"Layer 'l' has states of 3 tokens, the rows have 4"):
         StateStore.build({}, {"a": 4}, {"l": states})
 
 
