@@ -2,16 +2,19 @@
 """What self-generated replay costs: decoding, the whole method with its generation, and the distillation loss.
 
 python examples/benchmark/selfgenerated.py --out selfgenerated.json                  # one GPU, about two minutes
+python examples/benchmark/selfgenerated.py --part decode --shape llama-1b --out d.json
 python examples/benchmark/selfgenerated.py --part decode --compile --out d.json      # with both compiled forms, minutes
 python examples/benchmark/selfgenerated.py --tiny --out t.json                       # two CPU cores: its times mean nothing
 
 Random weights in the shape of a real model.
 
-decode        rows of 256 tokens, 256 at a time: the engine, the library's plain batched ``generate``, and with ``--compile``
-              the library's fastest form (static cache, compiled) and the engine's compiled one. The limit is the time
-              to read the weights and the filled cache once a step, at the bandwidth that a large copy reaches here.
-cost          a whole fit (LoRA r16 on all linear layers) with a pool made at its start, generation included, against the
-              same fit without replay, at 32 + 8 and 32 + 4 rows of equal length.
+decode        rows of 256 tokens, 256 at a time, from the plain model and from one with LoRA (r16, all linear layers): the
+              engine, the library's plain batched ``generate``, and with ``--compile`` the library's fastest form (static
+              cache, compiled) and the engine's compiled one. The limits are the time to read the weights and the filled
+              cache once a step, at the bandwidth that a large copy reaches here, and that of the matrix products, at
+              the rate of a large one.
+cost          a whole fit (LoRA as above) with a pool made at its start, generation included, against the same fit
+              without replay, at 32 + 8 and 32 + 4 rows of equal length.
 distillation  8 rows x 512 tokens x 128k vocabulary, forward and backward: the chunked loss against all logits at once.
 """
 
@@ -23,6 +26,7 @@ import logging
 import platform
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 import warnings
@@ -111,71 +115,83 @@ def bandwidth() -> float:
     return 2 * source.numel() / statistics.median(times)
 
 
+def product_rate() -> float:
+    """Floating-point operations a second of a large matrix product in the compute dtype."""
+    size = 8192 if DEVICE == "cuda" else 512
+    a, b = (torch.randn(size, size, device=DEVICE, dtype=DTYPE) for _ in range(2))
+    a @ b
+    return 2 * size**3 / statistics.median(seconds_of(lambda: a @ b) for _ in range(5))
+
+
 def decode(shape: str, rows: int, length: int, with_compile: bool, lora: bool) -> dict[str, Any]:
     """Milliseconds a decode step of each form, and the limit."""
     model = make_model(shape, lora).eval()
     prompts = [[1]] * rows
     forms: dict[str, float] = {}
     made: dict[str, Any] = {}
-    setup: dict[str, float] = {}
 
     def engine(name: str, mode: Any, tokens: int) -> None:
         def run() -> None:
             made[name] = DecodeEngine(model, length=tokens, batch_size=rows, mode=mode).generate(prompts)
 
-        first = seconds_of(run)
-        whole = seconds_of(run)
-        # The whole call counts, recording the graphs included: that is what a run pays for each pool.
-        forms[name] = 1e3 * whole / (tokens - 1)
-        setup[name] = first - whole
+        run()
+        # The whole call counts, copying the weights and recording included: that is what a run pays for each pool.
+        forms[name] = 1e3 * min(seconds_of(run) for _ in range(2)) / (tokens - 1)
 
-    def library(name: str, tokens: int, **how: Any) -> None:
+    def library(name: str, tokens: int, warm: int, **how: Any) -> None:
         ids = torch.ones(rows, 1, dtype=torch.long, device=DEVICE)
 
-        def run() -> None:
-            # The step time of an eager loop does not depend on the position: a short run measures it.
-            new = {"max_new_tokens": tokens - 1, "min_new_tokens": tokens - 1, "pad_token_id": 0}
+        def run(count: int = tokens) -> None:
+            new = {"max_new_tokens": count - 1, "min_new_tokens": count - 1, "pad_token_id": 0}
+            mask = torch.ones_like(ids)
             made[name] = model.generate(
-                ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, top_p=1.0, **new, **how
+                input_ids=ids, attention_mask=mask, do_sample=True, top_k=0, top_p=1.0, **new, **how
             )
 
-        first = seconds_of(run)
-        whole = min(seconds_of(run) for _ in range(1 if name == "library, eager" else 2))
-        forms[name] = 1e3 * whole / (tokens - 1)
-        setup[name] = first - whole
+        run(warm)
+        forms[name] = 1e3 * min(seconds_of(run) for _ in range(2)) / (tokens - 1)
 
     engine("engine", "auto", length)
-    library("library, eager", min(length, 48))
+    # The step time of the library's eager loop hardly depends on the position: a short run measures it.
+    library("library, eager", min(length, 32), warm=8)
     if with_compile:
         engine("engine, compiled", "compile", length)
-        library("library, static cache, compiled", length, cache_implementation="static")
+        library("library, static cache, compiled", length, warm=length, cache_implementation="static")
     engine("engine, eager", "eager", min(length, 24))
     recorded, plain = made["engine"].rows, made["engine, eager"].rows
     # Rounding may tip a draw, and a tipped row goes its own way: the first tokens must nearly all agree.
     agree = sum(torch.equal(a[:8], b[:8]) for a, b in zip(recorded, plain, strict=True)) / rows
     assert agree > 0.8, f"recorded and eager rows agree in {agree:.0%} only"
+    generation = made["engine"]
+    forms["engine, a step alone"] = 1e3 * (generation.seconds - generation.preparation_seconds) / (length - 1)
     config = model.config.get_text_config()
     width = 2 * config.num_hidden_layers * config.num_key_value_heads * config.hidden_size // config.num_attention_heads
     size = torch.finfo(DTYPE).bits // 8
-    read = size * (sum(p.numel() for p in model.parameters()) + rows * width * length / 2)
-    limit = 1e3 * read / bandwidth()
+    parameters = sum(p.numel() for n, p in model.named_parameters() if "lora_" not in n)
+    limit = 1e3 * size * (parameters + rows * width * length / 2) / bandwidth()
+    # At hundreds of rows a step the products no longer wait for memory alone.
+    products = 1e3 * 2 * rows * parameters / product_rate()
+    label = f"{shape}{' + LoRA' if lora else ''}"
     for name, step in forms.items():
         print(
-            f"{shape:>14} {name:>32}: {step:8.2f} ms a step, {1e3 * rows / step:10,.0f} tokens/s,"
+            f"{label:>20} {name:>32}: {step:8.2f} ms a step, {1e3 * rows / step:10,.0f} tokens/s,"
             f" {forms['library, eager'] / step:6.1f}x the library's eager form, {step / limit:6.1f}x the limit",
             flush=True,
         )
-    print(f"{shape:>14} {'bandwidth limit':>32}: {limit:8.3f} ms a step")
-    speedup = forms["library, eager"] / forms["engine"]
+    print(
+        f"{label:>20} limits: {limit:.3f} ms a step to read weights and cache, {products:.3f} ms for the products;"
+        f" {generation.preparation_seconds:.2f} of {generation.seconds:.2f} s before the first token",
+        flush=True,
+    )
     return {
         "ms_a_step": forms,
-        "first_call_extra_seconds": setup,
-        "limit_ms": limit,
-        "speedup": speedup,
+        "preparation_seconds": generation.preparation_seconds,
+        "bandwidth_limit_ms": limit,
+        "products_limit_ms": products,
+        "speedup": forms["library, eager"] / forms["engine"],
         "first_tokens_agree": agree,
         "rows": rows,
         "length": length,
-        "lora": lora,
     }
 
 
@@ -218,23 +234,28 @@ def cost(shape: str, steps: int, length: int, pool: int, repeats: int) -> dict[s
     rows = [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row.clone()} for row in ids]
     data = DataLoader(rows, batch_size=32)  # type: ignore[arg-type]
     module = Plain(make_model(shape, lora=True))
-    one_fit(module, data, min(steps, 5), [])
-    result: dict[str, Any] = {"steps": steps, "length": length, "pool_size": pool}
-    for replay in (8, 4):
-        pairs = []
-        for repeat in range(repeats + 1):
-            plain = one_fit(module, data, steps, [])
-            source = SelfGenerated(pool, length=length, seed=repeat)
-            method = [ReplayMixer(source, rows_per_batch=replay), ReplayDistillation(weight=1.0)]
-            whole = one_fit(module, data, steps, method)
-            if repeat:  # the first pair warms up
-                pairs.append((plain, whole, source.seconds))
-        ratio = statistics.median(whole / plain for plain, whole, _ in pairs)
-        without = statistics.median((whole - made) / plain for plain, whole, made in pairs)
-        result[f"32+{replay}"] = {"ratio": ratio, "without_generation": without, "pairs": pairs}
+
+    def method(replay: int, count: int, made: int, seed: int) -> tuple[float, float]:
+        source = SelfGenerated(made, length=length, seed=seed)
+        callbacks = [ReplayMixer(source, rows_per_batch=replay), ReplayDistillation(weight=1.0)]
+        return one_fit(module, data, count, callbacks), source.seconds
+
+    one_fit(module, data, 3, [])
+    method(8, 3, 16, 0)
+    runs: dict[str, list[Any]] = {"plain": [], "32+8": [], "32+4": []}
+    for repeat in range(repeats):  # interleaved, so that a clock that drifts touches all alike
+        runs["plain"].append(one_fit(module, data, steps, []))
+        runs["32+8"].append(method(8, steps, pool, repeat + 1))
+        runs["32+4"].append(method(4, steps, pool, repeat + 1))
+    plain = statistics.median(runs["plain"])
+    result: dict[str, Any] = {"steps": steps, "length": length, "pool_size": pool, "runs": runs}
+    for name in ("32+8", "32+4"):
+        whole = statistics.median(seconds for seconds, _ in runs[name])
+        made = statistics.median(seconds for _, seconds in runs[name])
+        result[name] = {"ratio": whole / plain, "without_generation": (whole - made) / plain}
         print(
-            f"{shape:>14} 32 + {replay}: {ratio:.3f}x plain fine-tuning's wall time, {without:.3f}x without generation"
-            f" ({pairs[-1][0]:.1f} s, {pairs[-1][1]:.1f} s, {pairs[-1][2]:.2f} s generation)",
+            f"{shape:>20} {name}: {whole / plain:.3f}x plain fine-tuning's wall time, {(whole - made) / plain:.3f}x"
+            f" without generation ({plain:.2f} s, {whole:.2f} s, {made:.2f} s generation; {steps} steps, pool {pool})",
             flush=True,
         )
     return result
@@ -314,8 +335,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=("decode", "cost", "distillation"), default=None, help="only this part")
     parser.add_argument("--compile", action="store_true", help="measure the compiled forms of decoding too")
-    parser.add_argument("--lora", action="store_true", help="decode with adapters on (default: as for initial samples)")
-    parser.add_argument("--steps", type=int, default=100, help="optimizer steps of a fit (default: %(default)s)")
+    parser.add_argument("--shape", choices=sorted(SHAPES), default=None, help="only this model (default: two)")
+    parser.add_argument("--steps", type=int, default=60, help="optimizer steps of a fit (default: %(default)s)")
     parser.add_argument("--length", type=int, default=256, help="tokens a row (default: %(default)s)")
     parser.add_argument("--pool", type=int, default=256, help="rows of the pool (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=2, help="pairs of fits (default: %(default)s)")
@@ -324,19 +345,23 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options = parser.parse_args(arguments)
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    shapes = ["tiny"] if options.tiny else ["smollm2-135m", "llama-1b"]
+    shapes = ["tiny"] if options.tiny else [options.shape] if options.shape else ["smollm2-135m", "llama-1b"]
     result: dict[str, Any] = {
-        "command": "python examples/benchmark/selfgenerated.py",
+        "command": " ".join(["python", "examples/benchmark/selfgenerated.py", *(arguments or sys.argv[1:])]),
         "device": torch.cuda.get_device_name() if DEVICE == "cuda" else platform.processor() or "cpu",
         "torch": torch.__version__,
         "commit": _commit(),
     }
     if options.part in (None, "decode"):
         size = (8, 24) if options.tiny else (256, options.length)
-        result["decode"] = {shape: decode(shape, *size, options.compile, options.lora) for shape in shapes}
+        result["decode"] = {
+            f"{shape}{' + LoRA' if lora else ''}": decode(shape, *size, options.compile, lora)
+            for shape in shapes
+            for lora in (False, True)
+        }
     if options.part in (None, "cost"):
         size = (3, 24, 16, 1) if options.tiny else (options.steps, options.length, options.pool, options.repeats)
-        result["cost"] = {shapes[0]: cost(shapes[0], *size)}
+        result["cost"] = {shape: cost(shape, *size) for shape in shapes}
     if options.part in (None, "distillation"):
         size = (2, 16, 128, 16) if options.tiny else (8, 512, 128256, 2048)
         result["distillation"] = distillation(*size)

@@ -112,7 +112,7 @@ class FusedNetwork:
         with self.running():
             found = [self.forward(tokens[:, :4], torch.zeros(1, dtype=torch.long, device=self._device), None)]
             found += [self.forward(tokens[:, i : i + 1], torch.full_like(tokens[0, :1], i), 8) for i in (4, 5)]
-        spread = (expected - expected.mean(-1, keepdim=True)).norm()
+        spread = (expected - expected.mean(-1, keepdim=True)).norm().clamp_min(1e-6)
         error = float((torch.stack(found, 1).float() - expected).norm() / spread)
         self.allocate(0, 0)
         # A model without usable logits stops the generation itself, with the position.
@@ -140,9 +140,9 @@ class FusedNetwork:
             yield
 
     def allocate(self, rows: int, room: int) -> None:
-        """Make the cache: keys' and values' heads together, ``[layers, rows, heads, room, width]``."""
-        shape = (len(self._blocks), rows, 2 * self._key_heads, room, self._width)
-        self._cache = torch.zeros(shape, device=self._device, dtype=self.dtype)
+        """Make the cache of each layer: keys' and values' heads together, ``[rows, heads, room, width]``."""
+        shape = (rows, 2 * self._key_heads, room, self._width)
+        self._caches = [torch.zeros(shape, device=self._device, dtype=self.dtype) for _ in self._blocks]
         self._places = torch.arange(room, device=self._device)
         if room:
             like = torch.zeros(1, device=self._device, dtype=self.dtype)
@@ -162,14 +162,15 @@ class FusedNetwork:
         """
         rows, count = tokens.shape
         places = position + torch.arange(count, device=self._device) if count > 1 else position
-        cos = torch.where(self._is_value, 1.0, self._cos.index_select(0, places)[:, None])
-        sin = torch.where(self._is_value, 0.0, self._sin.index_select(0, places)[:, None])
+        wide = (count, len(self._is_value), self._width)
+        cos = self._cos.index_select(0, places)[:, None].expand(wide).masked_fill(self._is_value, 1.0)
+        sin = self._sin.index_select(0, places)[:, None].expand(wide).masked_fill(self._is_value, 0.0)
         seen = len(self._places) if visible is None else visible
         hidden = self._places[:seen] > position
         mask = torch.zeros(1, 1, 1, seen, device=self._device, dtype=self.dtype).masked_fill_(hidden, -float("inf"))
         mask = mask.expand(rows, self._key_heads, self._heads // self._key_heads, seen)
         x = F.embedding(tokens.reshape(-1), self._embedding)
-        for block, cache in zip(self._blocks, self._cache, strict=True):
+        for block, cache in zip(self._blocks, self._caches, strict=True):
             qkv = F.linear(self._normed(x, block.norm), block.qkv, block.qkv_bias)
             qkv = qkv.view(rows, count, -1, self._width)
             qkv = torch.addcmul(qkv * cos, qkv.roll(self._width // 2, -1), sin)

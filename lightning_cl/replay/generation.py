@@ -144,7 +144,8 @@ class DecodeEngine:
         for i, prompt in enumerate(prompts):
             if not 0 < len(prompt) < length:
                 raise ValueError(
-                    f"Prompt {i} has {len(prompt)} tokens and `length={length}`: a row needs at least one token of prompt and one to sample. Shorten the prompt or raise `length`."
+                    f"Prompt {i} has {len(prompt)} tokens and `length={length}`: a row needs at least one token of prompt"
+                    " and one to sample. Shorten the prompt or raise `length`."
                 )
         started = time.perf_counter()
         preparing = 0.0
