@@ -219,18 +219,20 @@ def _unit(matrix: TaskMatrix, task: str) -> str:
 
 
 def _terms(run: Run) -> str:
-    groups: dict[str, list[str]] = {"ratio to the task's loss": [], "loss terms": [], "counts": []}
+    counts = ("cl/replay_rows", "cl/replay_separate", "cl/task_weight")
+    # A weight that adapts, the divergence that it holds and the loss differ by orders of magnitude: a chart each.
+    kinds = {"_ratio": "ratio to the task's loss", "_weight": "weights that adapt", "_kl": "divergence (nats a token)"}
+    groups: dict[str, list[str]] = {kind: [] for kind in ("loss terms", *kinds.values(), "counts")}
     for name in run.terms:
-        counted = name in ("cl/replay_rows", "cl/replay_separate", "cl/task_weight")
-        kind = "ratio to the task's loss" if name.endswith("_ratio") else "counts" if counted else "loss terms"
-        groups[kind].append(name)
+        kind = next((kind for end, kind in kinds.items() if name.endswith(end)), "loss terms")
+        groups["counts" if name in counts else kind].append(name)
     cards = []
-    for kind in ("loss terms", "ratio to the task's loss", "counts"):
+    for kind, names in groups.items():
         lines = [
             svg.Line(
                 name, [(x, float(y)) for x, y in run.terms[name]], colour=display.COLOURS[i % len(display.COLOURS)]
             )
-            for i, name in enumerate(groups[kind])
+            for i, name in enumerate(names)
         ]
         if lines:
             cards.append(

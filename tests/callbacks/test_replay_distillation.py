@@ -12,10 +12,12 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_cl import CausalLMModule
+from lightning_cl import CausalLMModule, Task, TaskStream, fit_stream
 from lightning_cl.anatomy import logit_transform, pretrained_model
-from lightning_cl.callbacks import ReplayDistillation, ReplayMixer
+from lightning_cl.callbacks import ForgettingMonitor, ReplayDistillation, ReplayMixer
 from lightning_cl.replay import EpisodicMemory, GeneralSamples, SelfGenerated
+from lightning_cl.report.html import page
+from lightning_cl.report.run import find_runs
 from tests.helpers import spawn
 from tests.helpers.models import PlainLM, TokenRows, loader, lora, tiny_llama, trainer
 
@@ -317,6 +319,19 @@ def test_a_target_out_of_reach_is_said(tmp_path: Path) -> None:
     method = ReplayDistillation(target_kl=1e-9)
     with pytest.warns(UserWarning, match=r"`ReplayDistillation\(target_kl=1e-09\)`: the target was not met"):
         fit(tmp_path, module, [ReplayMixer(general(), rows_per_batch=2), method])
+
+
+def test_the_report_plots_the_weights_path_and_the_divergence(tmp_path: Path) -> None:
+    rows = [Task(name, train=TokenRows(16, 12, seed=i), val=TokenRows(4, 12, seed=9)) for i, name in enumerate("ab")]
+    method = [ReplayMixer(general(), rows_per_batch=2), ReplayDistillation(target_kl=0.02)]
+    monitor = ForgettingMonitor("val_loss", mode="min", plots=False, print_table=False)
+    run = trainer(tmp_path, callbacks=[*method, monitor], max_epochs=2, max_steps=-1, log_every_n_steps=1)
+    fit_stream(run, PlainLM(tiny_llama(), lr=1e-2), TaskStream(rows, batch_size=4))
+    runs, problems = find_runs([tmp_path])
+    text = page(runs, problems)
+    for heading, name in (("weights that adapt", "weight"), ("divergence (nats a token)", "kl")):
+        card = text.split(f"<h3>{heading}", 1)[1].split("<h3>", 1)[0]
+        assert card.count(f'data-series="cl/distillation_{name}"') > 8  # a point for each step of both tasks
 
 
 def test_logged_terms(tmp_path: Path) -> None:
