@@ -1,0 +1,352 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables and plots of the comparison, from the results that are there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning_cl.report import results
+from lightning_cl.report.run import ReportError, Run, load_run
+
+BEGIN, END = "<!-- compare.py table: begin -->", "<!-- compare.py table: end -->"
+# Half-widths of a 95 % interval of a mean in standard errors, by number of values (Student's t).
+_T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+
+COLUMNS = {
+    "average": "average",
+    "backward_transfer": "BWT",
+    "forgetting": "forgetting",
+    "learning_accuracy": "learning accuracy",
+    "news": "general loss change",
+    "mmlu": "MMLU change",
+    "harmonic": "harmonic mean",
+}
+
+
+@dataclass(frozen=True)
+class Mean:
+    """The mean over seeds with its 95 % interval's half-width (None for one seed).
+
+    Example:
+        >>> Mean.of([1.0, 2.0, 3.0])
+        Mean(value=2.0, half=2.484338...)
+    """
+
+    value: float
+    half: float | None
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Mean:
+        half = None
+        if len(values) > 1:
+            half = _T95.get(len(values), 1.96) * statistics.stdev(values) / math.sqrt(len(values))
+        return cls(statistics.fmean(values), half)
+
+    def text(self, digits: int = 1, sign: bool = False) -> str:
+        """Such as ``76.0 ± 1.2``."""
+        value = f"{self.value:{'+' if sign else ''}.{digits}f}"
+        return value if self.half is None else f"{value} ± {self.half:.{digits}f}"
+
+
+def read(folder: Path) -> tuple[list[Run], list[str]]:
+    """The whole results below a folder, and what is wrong with the others.
+
+    Raises:
+        SystemExit: if there is no whole result.
+    """
+    runs, problems = [], []
+    if not folder.is_dir():
+        raise SystemExit(f"{folder} does not exist. Give the folder that `compare.py run --out` wrote to.")
+    for file in sorted(folder.rglob(f"{results.STEM}.json")):
+        try:
+            run = load_run(file)
+        except ReportError as error:
+            problems.append(str(error))
+            continue
+        if "comparison" in run.document:
+            runs.append(run)
+        else:
+            problems.append(f"{file} is no result of compare.py (it has no `comparison`), so it is left out.")
+    if not runs:
+        found = "".join(f"\n- {problem}" for problem in problems)
+        raise SystemExit(
+            f"There are zero finished runs in {folder}. Wait for the first, or start some with `compare.py run`.{found}"
+        )
+    return runs, problems
+
+
+def part(run: Run) -> dict[str, Any]:
+    """What compare.py wrote into a result."""
+    return run.document["comparison"]
+
+
+def origin(run: Run) -> str:
+    """Hardware, versions and recipe: results that differ here are shown apart and never averaged together."""
+    made, comparison = run.made_by, part(run)
+    versions = ", ".join(f"{name} {version}" for name, version in sorted((made.get("versions") or {}).items()))
+    shared = json.dumps([comparison["recipe"], comparison["tasks"], comparison["files"]], sort_keys=True)
+    recipe = hashlib.sha256(shared.encode()).hexdigest()[:8]
+    return f"{made.get('hardware') or 'unknown hardware'}; {versions or 'unknown versions'}; recipe {recipe}"
+
+
+# ------------------------------------------------------------------------------------------------- one run's figures
+
+
+def figures(run: Run) -> dict[str, float | None]:
+    """The columns of one run, in points but for the change of a loss."""
+    matrix, comparison = run.matrix, part(run)
+    found = matrix.compute()
+    row: dict[str, float | None] = {
+        name: None if found[name] is None else 100 * found[name]
+        for name in ("average", "backward_transfer", "forgetting", "learning_accuracy")
+    }
+    last = len(comparison["tasks"]) - 1
+    for probe in matrix.probes:
+        before, after = matrix.score(-1, probe), matrix.score(last, probe)
+        scale = 1.0 if matrix.mode_of(probe) == "min" else 100.0
+        row[probe] = None if before is None or after is None else scale * (after.value - before.value)
+        row[f"{probe} after"] = None if after is None else scale * after.value
+    average, general = row["average"], row.get("mmlu after")
+    row["harmonic"] = 2 * average * general / (average + general) if average and general else None
+    return row
+
+
+def seconds_of_stream(run: Run, tasks: int, steps: int) -> float:
+    """What training on that many tasks and steps takes alone, from a run of the cost pass: all but the evaluation."""
+    cost, measured = part(run)["cost"], len(part(run)["tasks"])
+    around = (cost["prepare_seconds"] + cost["finish_seconds"]) / measured
+    return tasks * around + steps * cost["step_seconds"]
+
+
+def costs_of(folder: Path) -> dict[str, Run]:
+    """The runs of the cost pass by method; none if there was none."""
+    if not (folder / "cost").is_dir():
+        return {}
+    return {part(run)["method"]: run for run in read(folder / "cost")[0]}
+
+
+def steps_of_equal_time(folder: Path, config: dict[str, Any], methods: Iterable[str], order: str) -> dict[str, int]:
+    """The steps a task that each method makes in the time that sequential training takes.
+
+    Raises:
+        SystemExit: if the cost pass has not measured one of them.
+    """
+    costs, recipe, methods = costs_of(folder), config["recipe"], set(methods)
+    missing = sorted((methods | {"sequential"}) - costs.keys())
+    if missing:
+        raise SystemExit(f"`--budget time` needs the costs of {missing}. Run `compare.py cost --methods ...` first.")
+    tasks = len(config["orders"][order])
+    steps = -(-recipe["train_rows"] // recipe["batch_size"]) * recipe["epochs"]
+    time = seconds_of_stream(costs["sequential"], tasks, tasks * steps)
+    found = {}
+    for method in methods:
+        fixed = seconds_of_stream(costs[method], tasks, 0)
+        found[method] = max(1, int((time - fixed) / tasks / part(costs[method])["cost"]["step_seconds"]))
+    return found
+
+
+# ------------------------------------------------------------------------------------------------- tables
+
+
+@dataclass
+class Line:
+    """A method's line of a table: its runs over the seeds."""
+
+    method: str
+    runs: list[Run]
+
+    def mean(self, column: str) -> Mean | None:
+        values = [figures(run).get(column) for run in self.runs]
+        known = [value for value in values if value is not None]
+        return Mean.of(known) if len(known) == len(values) else None
+
+
+def lines_of(runs: list[Run], methods: Iterable[str]) -> list[Line]:
+    """The lines in the YAML's order; a method whose settings differ between its runs has a line for each."""
+    groups: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        key = part(run)["method"], json.dumps([part(run)["settings"], part(run)["budget"]], sort_keys=True)
+        groups.setdefault(key, []).append(run)
+    several = [method for method, _ in groups]
+    known = list(methods)
+    order = sorted(groups, key=lambda key: (known.index(key[0]) if key[0] in known else len(known), key))
+    return [
+        Line(key[0] if several.count(key[0]) == 1 else f"{key[0]} {json.loads(key[1])}", groups[key]) for key in order
+    ]
+
+
+def table(lines: list[Line], costs: dict[str, Run]) -> str:
+    """One Markdown table: figures over the seeds, and the costs relative to sequential training."""
+    names = [*COLUMNS.values(), "wall time", "extra tokens", "peak memory", "disk", "seeds"]
+    rows = [f"| method | {' | '.join(names)} |", "| --- " * (len(names) + 1) + "|"]
+    base = next((line for line in lines if line.method == "sequential"), None)
+    for line in lines:
+        cells = []
+        for column in COLUMNS:
+            mean = line.mean(column)
+            digits, sign = (3 if column == "news" else 1), column in ("news", "mmlu", "backward_transfer")
+            cells.append("-" if mean is None else mean.text(digits, sign))
+        cells += cost_cells(line, base, costs)
+        cells.append(str(len(line.runs)))
+        rows.append(f"| {line.method} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def cost_cells(line: Line, base: Line | None, costs: dict[str, Run]) -> list[str]:
+    """Wall time (from the cost pass alone), tokens and memory against sequential training, and bytes kept."""
+    own = part(line.runs[0])["cost"]
+    wall = relative_time(line, costs)
+    cells = ["-" if wall is None else f"{wall:.2f}x"]
+    if base is None:
+        cells += ["-", "-"]
+    else:
+        plain = part(base.runs[0])["cost"]
+        extra = (own["tokens"] + own["generated_tokens"]) / plain["tokens"] - 1 if plain["tokens"] else None
+        cells.append("-" if extra is None else f"{100 * extra:+.0f} %")
+        both = own["peak_memory_bytes"], plain["peak_memory_bytes"]
+        cells.append(f"{both[0] / both[1]:.2f}x" if all(both) else "-")
+    cells.append(f"{own['disk_bytes'] / 1e6:.1f} MB")
+    return cells
+
+
+def relative_time(line: Line, costs: dict[str, Run]) -> float | None:
+    """The time of the whole stream without evaluation, against sequential training's; None where it is not known."""
+    first = part(line.runs[0])
+    method, tasks, steps = first["method"], len(first["tasks"]), first["cost"]["steps"]
+    if method not in costs or "sequential" not in costs:
+        return None
+    return seconds_of_stream(costs[method], tasks, steps) / seconds_of_stream(costs["sequential"], tasks, steps)
+
+
+def missing(runs: list[Run], config: dict[str, Any], orders: Iterable[str]) -> list[str]:
+    """The runs that the configuration names and that are not there, a line for each method and order."""
+    there = {(part(run)["method"], part(run)["order"], part(run)["seed"]) for run in runs}
+    found = []
+    for order in orders:
+        for method in config["methods"]:
+            seeds = [str(seed) for seed in config["seeds"] if (method, order, seed) not in there]
+            if seeds:
+                found.append(f"{order}: {method}, seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)}")
+    return found
+
+
+def document(folder: Path, config: dict[str, Any], plots: Path | None) -> str:
+    """All tables as Markdown: by origin and order; then what is missing or could not be read."""
+    runs, problems = read(folder)
+    runs = [run for run in runs if "cost" not in run.folder.relative_to(folder).parts]
+    costs = costs_of(folder)
+    parts = []
+    origins = list(dict.fromkeys(origin(run) for run in runs))
+    if len({where.split("; recipe")[0] for where in origins}) > 1:
+        parts.append("These results are of several versions or machines: each has tables of its own, none is averaged.")
+    for where in origins:
+        group = [run for run in runs if origin(run) == where]
+        orders = list(dict.fromkeys((part(run)["order"], "equal-time" in run.folder.parts) for run in group))
+        for order, equal_time in orders:
+            chosen = [r for r in group if part(r)["order"] == order and ("equal-time" in r.folder.parts) == equal_time]
+            same = {name: run for name, run in costs.items() if hardware_of(run) == hardware_of(chosen[0])}
+            lines = lines_of(chosen, config["methods"])
+            commits = ", ".join(sorted({str(run.made_by.get("commit") or "unknown")[:7] for run in chosen}))
+            title = f"### {order}: {', '.join(part(chosen[0])['tasks'])}" + (" (equal time)" if equal_time else "")
+            parts += [title, f"{where}; commit {commits}.", table(lines, same)]
+            if plots is not None and not equal_time:
+                name = f"{plots.stem.lower()}_{order}.png"
+                if pareto(lines, same, plots.with_name(name), order):
+                    parts.append(f"![Forgetting against cost, and learning against forgetting]({name})")
+    gaps = missing([run for run in runs if "equal-time" not in run.folder.parts], config, _reported_orders(config))
+    if gaps:
+        parts.append("Not run: " + "; ".join(gaps) + ".")
+    if problems:
+        parts.append("Left out:\n\n" + "\n".join(f"- {problem}" for problem in problems))
+    return "\n\n".join(parts)
+
+
+def hardware_of(run: Run) -> str:
+    """The hardware of a run."""
+    return str(run.made_by.get("hardware"))
+
+
+def _reported_orders(config: dict[str, Any]) -> list[str]:
+    return [order for order in config["orders"] if order != config.get("tune", {}).get("order")]
+
+
+def pareto(lines: list[Line], costs: dict[str, Run], path: Path, order: str) -> bool:
+    """Forgetting against cost and learning against forgetting; False where no method has these figures."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from lightning_cl.report import display
+
+    shown = [line for line in lines if line.mean("forgetting") is not None]
+    if not shown:
+        return False
+    figure = Figure(figsize=(11, 4.6), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    for index, line in enumerate(shown):
+        colour = display.COLOURS[index % len(display.COLOURS)]
+        marker = "os^Dvp*"[index // len(display.COLOURS) % 7]
+        forgetting, learning = line.mean("forgetting"), line.mean("learning_accuracy")
+        assert forgetting is not None
+        time = relative_time(line, costs)
+        style: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": "", "capsize": 2, "alpha": 0.9}
+        if time is not None:
+            left.errorbar(time, forgetting.value, yerr=forgetting.half, **style)
+        if learning is not None:
+            right.errorbar(forgetting.value, learning.value, learning.half, forgetting.half, label=line.method, **style)
+    left.set(xlabel="wall time, relative to sequential training", ylabel="forgetting, points (lower is better)")
+    right.set(xlabel="forgetting, points (lower is better)", ylabel="learning accuracy, points")
+    for axes in (left, right):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right center", frameon=False, fontsize=8)
+    figure.suptitle(f"{order}: mean and 95 % interval over seeds", fontsize=11)
+    figure.savefig(path)
+    return True
+
+
+def chosen(folder: Path) -> str:
+    """The best settings of each method: within one point of the best average, the least change of the general loss."""
+    by_settings: dict[str, dict[str, list[Run]]] = {}
+    for run in read(folder)[0]:
+        settings = json.dumps(part(run)["settings"], sort_keys=True)
+        by_settings.setdefault(part(run)["method"], {}).setdefault(settings, []).append(run)
+    rows = ["| method | settings | average | general loss change |", "| --- | --- | --- | --- |"]
+    for method, groups in by_settings.items():
+        tried = [(Line(method, runs), settings) for settings, runs in groups.items()]
+        best = max(_value(line, "average") for line, _ in tried)
+        near = [pair for pair in tried if _value(pair[0], "average") >= best - 1]
+        winner = min(near, key=lambda pair: _value(pair[0], "news"))[1]
+        for line, settings in tried:
+            mark = " **chosen**" if settings == winner else ""
+            rows.append(
+                f"| {method} | {settings}{mark} | {_value(line, 'average'):.1f} | {_value(line, 'news'):+.3f} |"
+            )
+    return "\n".join(rows)
+
+
+def _value(line: Line, column: str) -> float:
+    mean = line.mean(column)
+    return math.nan if mean is None else mean.value
+
+
+def command(folder: Path, config: dict[str, Any], results_file: Path | None) -> int:
+    """Print the tables, or put them into a Markdown file between its marks."""
+    text = document(folder, config, results_file)
+    if results_file is None:
+        print(text)
+        return 0
+    old = results_file.read_text(encoding="utf8")
+    if BEGIN not in old or END not in old:
+        raise SystemExit(f"--results {results_file} has no place for the tables: add the lines {BEGIN} and {END}.")
+    before, after = old.split(BEGIN)[0], old.split(END)[1]
+    results_file.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", encoding="utf8")
+    print(f"Wrote the tables into {results_file}.")
+    return 0
