@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The comparison runs end to end on a tiny model, resumes, and builds its tables from whatever is there."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lightning_cl.commands.report import main as report
+from tests.helpers.models import tiny_llama, tiny_tokenizer
+from tests.report.runs import matrix, write_run
+
+FOLDER = Path(__file__).parents[2] / "examples" / "benchmark"
+
+
+@pytest.fixture
+def compare(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    for name in ("compare", "compare_data", "compare_table"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    # What the script sets for its children must not outlive the test.
+    for name in ("PYTORCH_NVML_BASED_CUDA_CHECK", "TOKENIZERS_PARALLELISM"):
+        monkeypatch.setenv(name, "0")
+    return importlib.import_module("compare")
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """Two tasks of a few rows, a probe of each kind, a model of two layers, and the methods that need no generation."""
+    tiny_llama().save_pretrained(tmp_path / "model")
+    tiny_tokenizer(chat=False).save_pretrained(tmp_path / "model")
+    (tmp_path / "data").mkdir()
+    for task, options in (("colour", ["red", "blue"]), ("taste", ["sweet", "sour"]), ("mood", ["glad", "sad"])):
+        rows = [{"prompt": f"{task} {i}?", "answer": options[i % 2], "options": options} for i in range(8)]
+        write_rows(tmp_path / "data" / f"{task}.train.jsonl", rows)
+        # A row whose answer is none of its options cannot be scored and is left out.
+        write_rows(tmp_path / "data" / f"{task}.test.jsonl", [{**rows[0], "answer": "-"}, *rows[:4]])
+    write_rows(tmp_path / "news.jsonl", [{"text": "some words of news " * 2}] * 3)
+    write_rows(tmp_path / "quiz.jsonl", [{"prompt": "Which?", "answer": "a", "options": ["a", "b"]}] * 3)
+    standard = yaml.safe_load((FOLDER / "compare" / "standard.yaml").read_text())
+    chosen = ("sequential", "multi-task", "memory", "i-lora")
+    content = {
+        **standard,
+        "data": str(tmp_path / "data"),
+        "model": str(tmp_path / "model"),
+        "recipe": {
+            **standard["recipe"],
+            **{"train_rows": 8, "test_rows": 4, "epochs": 1, "batch_size": 2, "max_length": 64, "precision": "32-true"},
+        },
+        "orders": {"two": ["colour", "taste"], "tune": ["mood", "taste"]},
+        "seeds": [0, 1],
+        "groups": {"core": list(chosen), "tuned": ["sequential", "i-lora"]},
+        "tune": {"order": "tune", "seeds": [9], "lr": [1e-3, 1e-2]},
+        "methods": {name: standard["methods"][name] for name in chosen},
+        "probes": {
+            "news": {"file": str(tmp_path / "news.jsonl"), "metric": "loss", "made_by": "a script"},
+            "mmlu": {"file": str(tmp_path / "quiz.jsonl"), "metric": "accuracy", "made_by": "a script"},
+        },
+    }
+    (tmp_path / "compare.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    return tmp_path / "compare.yaml"
+
+
+def test_runs_tables_and_reports(
+    compare: Any, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    arguments = ["--config", str(config), "--out", str(out)]
+    assert compare.main(["run", *arguments, "--seeds", "0"]) == 0
+    assert compare.main(["run", *arguments, "--methods", "sequential", "--seeds", "1"]) == 0
+    files = sorted(out.rglob("task_matrix.json"))
+    assert len(files) == 5
+    result = json.loads((out / "two" / "memory" / "seed_0" / "task_matrix.json").read_text())
+    found = result["comparison"]
+    assert found["tasks"] == ["colour", "taste"]
+    assert found["cost"]["steps"] == 2 * 4
+    assert found["cost"]["peak_memory_bytes"] is None  # no GPU here
+    assert {"command", "commit", "versions", "hardware"} <= result["provenance"].keys()
+    assert set(found["files"]) >= {"colour.train.jsonl", "taste.test.jsonl", "news.jsonl", "quiz.jsonl"}
+    # The second task's batches are longer by the memory's rows: the tokens that a method adds are counted.
+    plain = json.loads((out / "two" / "sequential" / "seed_0" / "task_matrix.json").read_text())["comparison"]
+    assert found["cost"]["tokens"] > plain["cost"]["tokens"] > 0
+    assert found["cost"]["disk_bytes"] > plain["cost"]["disk_bytes"]
+    # Every stage has a score of every task and probe.
+    cells = result["matrix"]["scores"]
+    assert len(cells) == 3 * 4
+
+    # What is there is not run again.
+    times = [file.stat().st_mtime_ns for file in files]
+    capsys.readouterr()
+    assert compare.main(["run", *arguments, "--seeds", "0"]) == 0
+    assert "4 of 4 runs are there already" in capsys.readouterr().out
+    assert [file.stat().st_mtime_ns for file in files] == times
+
+    assert compare.main(["cost", *arguments, "--steps", "6"]) == 0
+    capsys.readouterr()
+    assert compare.main(["table", str(out), "--config", str(config)]) == 0
+    text = capsys.readouterr().out
+    lines = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in text.splitlines() if line.startswith("|")}
+    assert list(lines)[2:] == ["sequential", "multi-task", "memory", "i-lora"]
+    assert lines["sequential"][8] == "1.00x"
+    assert "±" in lines["sequential"][1]
+    assert lines["sequential"][-1] == "2 |"
+    assert lines["multi-task"][2] == "-"  # one training on all tasks forgets nothing that could be measured
+    assert float(lines["memory"][8].rstrip("x")) > 0
+    assert "Not run: two: multi-task, seed 1; two: memory, seed 1; two: i-lora, seed 1." in text
+
+    # The same files are ordinary runs of the report.
+    assert report([str(out / "two"), "--out", str(tmp_path / "page.html")]) == 0
+    assert "memory/seed_0" in (tmp_path / "page.html").read_text()
+
+    # Equal time: a method that costs more a step takes fewer of them.
+    assert compare.main(["run", *arguments, "--seeds", "0", "--methods", "memory", "--budget", "time"]) == 0
+    timed = json.loads((out / "equal-time" / "two" / "memory" / "seed_0" / "task_matrix.json").read_text())
+    assert timed["comparison"]["budget"].endswith(" steps")
+
+
+def test_tuning_says_what_it_chose(
+    compare: Any, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert compare.main(["tune", "--config", str(config), "--out", str(tmp_path / "tune"), "--methods", "i-lora"]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| i-lora")]
+    tried = [json.loads(row.split(" | ")[1].removesuffix(" **chosen**")) for row in rows]
+    # One setting at a time around the method's own: two rates, three decays, two weights, of which one of each is its own.
+    assert len(tried) == 1 + 1 + 2 + 1
+    assert {"lr": 0.01, "decay": 0.97, "consistency": 1.0} in tried
+    assert sum("**chosen**" in row for row in rows) == 1
+
+
+def fabricated(folder: Path, compare: Any, seed: int, shift: float, **made_by: Any) -> None:
+    """A whole result with known figures."""
+    comparison = {
+        "method": "memory",
+        "order": "three",
+        "tasks": ["red", "green", "blue"],
+        "seed": seed,
+        "settings": {},
+        "recipe": {"epochs": 2},
+        "budget": "epochs",
+        "files": {},
+        "cost": {"tokens": 100, "generated_tokens": 0, "peak_memory_bytes": None, "disk_bytes": 2_500_000, "steps": 9},
+    }
+    provenance = {"hardware": "1 x A", "versions": {"torch": "2"}, "commit": "c0ffee11", **made_by}
+    write_run(folder / f"run_{seed}", shift=shift, comparison=comparison, provenance=provenance)
+
+
+def rows_of(text: str) -> list[list[str]]:
+    return [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| memory")]
+
+
+def test_means_and_intervals_over_seeds(compare: Any, config: Path, tmp_path: Path) -> None:
+    for seed, shift in enumerate((0.0, 0.05, 0.1)):
+        fabricated(tmp_path / "r", compare, seed, shift)
+    values = [matrix(shift).compute()["average"] * 100 for shift in (0.0, 0.05, 0.1)]
+    text = compare.compare_table.document(tmp_path / "r", compare.read_config(config), None)
+    (row,) = rows_of(text)
+    # t(0.975, 2) * s / sqrt(3), with s the standard deviation of three evenly spaced values.
+    half = 4.303 * (values[0] - values[2]) / 2 / 3**0.5
+    assert row[1] == f"{values[1]:.1f} ± {half:.1f}"
+    assert row[5] == "+0.250 ± 0.000"  # 3.0 before, 3.25 after: the sign of the loss itself
+    assert row[-1] == "3"
+    assert row[-2] == "2.5 MB"
+
+
+def test_other_machines_and_versions_are_never_averaged(compare: Any, config: Path, tmp_path: Path) -> None:
+    fabricated(tmp_path / "r", compare, 0, 0.0)
+    fabricated(tmp_path / "r", compare, 1, 0.1, hardware="1 x B")
+    fabricated(tmp_path / "r", compare, 2, 0.1, versions={"torch": "3"})
+    text = compare.compare_table.document(tmp_path / "r", compare.read_config(config), None)
+    assert "several versions or machines: each has tables of its own, none is averaged" in text
+    assert [row[-1] for row in rows_of(text)] == ["1", "1", "1"]
+    assert "1 x B; torch 2; recipe" in text
+    assert "commit c0ffee1." in text
+
+
+def test_other_settings_of_a_method_have_a_line_of_their_own(compare: Any, config: Path, tmp_path: Path) -> None:
+    fabricated(tmp_path / "r", compare, 0, 0.0)
+    fabricated(tmp_path / "r", compare, 1, 0.1)
+    file = tmp_path / "r" / "run_1" / "task_matrix.json"
+    content = json.loads(file.read_text())
+    content["comparison"]["settings"] = {"lr": 0.1}
+    file.write_text(json.dumps(content))
+    names = [
+        row[0] for row in rows_of(compare.compare_table.document(tmp_path / "r", compare.read_config(config), None))
+    ]
+    assert len(names) == 2
+    assert any("'lr': 0.1" in name for name in names)
+
+
+def test_half_written_and_foreign_files_are_listed(compare: Any, config: Path, tmp_path: Path) -> None:
+    fabricated(tmp_path / "r", compare, 0, 0.0)
+    fabricated(tmp_path / "r", compare, 1, 0.0)
+    file = tmp_path / "r" / "run_1" / "task_matrix.json"
+    file.write_text(file.read_text()[:200])
+    write_run(tmp_path / "r" / "other")
+    text = compare.compare_table.document(tmp_path / "r", compare.read_config(config), None)
+    assert [row[-1] for row in rows_of(text)] == ["1"]
+    assert "run_1/task_matrix.json is cut short or damaged" in text
+    assert "other/task_matrix.json is no result of compare.py" in text
+
+
+def test_a_half_written_result_is_run_again(compare: Any, config: Path, tmp_path: Path) -> None:
+    arguments = [
+        "run",
+        "--config",
+        str(config),
+        "--out",
+        str(tmp_path / "o"),
+        "--methods",
+        "sequential",
+        "--seeds",
+        "0",
+    ]
+    assert compare.main(arguments) == 0
+    file = tmp_path / "o" / "two" / "sequential" / "seed_0" / "task_matrix.json"
+    whole = json.loads(file.read_text())["figures"]
+    file.write_text(file.read_text()[:300])
+    assert compare.main(arguments) == 0
+    # The same seed, the same run: also to the last digit.
+    assert json.loads(file.read_text())["figures"] == whole
+
+
+def test_a_run_that_fails_stops_no_other(
+    compare: Any, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = yaml.safe_load(config.read_text())
+    content["methods"]["memory"]["callbacks"][0]["init_args"]["rows_per_batch"] = 0
+    config.write_text(yaml.safe_dump(content, sort_keys=False))
+    out = tmp_path / "o"
+    arguments = ["--config", str(config), "--out", str(out), "--seeds", "0", "--methods", "memory,sequential"]
+    assert compare.main(["run", *arguments]) == 1
+    assert "two memory seed 0: failed" in capsys.readouterr().out
+    assert "must be at least 1" in (out / "two" / "memory" / "seed_0" / "error.txt").read_text()
+    assert (out / "two" / "sequential" / "seed_0" / "task_matrix.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run", "--methods", "magic"], r"--methods \['magic'\]: unknown. There are sequential"),
+        (["run", "--orders", "three"], r"--orders \['three'\]: unknown. There are two, tune"),
+        (["run", "--data", "nowhere"], r"no colour.train.jsonl\[.gz\] in 'nowhere'. Give the folder"),
+        (["run", "--budget", "time"], r"`--budget time` needs the costs of .*'sequential'.* Run `compare.py cost"),
+    ],
+)
+def test_what_cannot_run_is_said_at_once(
+    compare: Any, config: Path, tmp_path: Path, arguments: list[str], said: str
+) -> None:
+    with pytest.raises(SystemExit, match=said):
+        compare.main([*arguments, "--config", str(config), "--out", str(tmp_path / "o")])
+
+
+def test_a_missing_probe_names_the_script_that_makes_it(compare: Any, config: Path, tmp_path: Path) -> None:
+    (tmp_path / "quiz.jsonl").unlink()
+    with pytest.raises(SystemExit, match=r"The probe 'mmlu' needs .*quiz.jsonl. Run `python a script` first"):
+        compare.main(["run", "--config", str(config), "--out", str(tmp_path / "o")])
+
+
+def test_zero_runs(compare: Any, config: Path, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"nothere does not exist. Give the folder"):
+        compare.main(["table", str(tmp_path / "nothere"), "--config", str(config)])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit, match=r"zero finished runs in .*empty. Wait for the first"):
+        compare.main(["table", str(tmp_path / "empty"), "--config", str(config)])
+
+
+def test_tables_go_between_the_marks(compare: Any, config: Path, tmp_path: Path) -> None:
+    for seed in range(2):
+        fabricated(tmp_path / "r", compare, seed, 0.0)
+    page = tmp_path / "RESULTS.md"
+    marks = compare.compare_table.BEGIN, compare.compare_table.END
+    page.write_text(f"# Results\n\n{marks[0]}\nold\n{marks[1]}\n\nThe end.\n")
+    arguments = ["table", str(tmp_path / "r"), "--config", str(config), "--results", str(page)]
+    assert compare.main(arguments) == 0
+    assert compare.main(arguments) == 0
+    text = page.read_text()
+    assert text.startswith("# Results\n\n")
+    assert text.endswith("\n\nThe end.\n")
+    assert "old" not in text
+    assert text.count("### three: red, green, blue") == 1
+    assert (tmp_path / "results_three.png").stat().st_size > 10_000
+    page.write_text("# Results\n")
+    with pytest.raises(SystemExit, match="has no place for the tables"):
+        compare.main(arguments)
+
+
+def test_every_method_of_the_standard_can_be_built(compare: Any) -> None:
+    standard = compare.read_config(compare.STANDARD, data="x")
+    assert set(standard["groups"]["core"]) <= standard["methods"].keys()
+    for name, spec in standard["methods"].items():
+        callbacks = compare.build(spec.get("callbacks", []), spec.get("settings", {}))
+        assert len(callbacks) == len(spec.get("callbacks", [])), name
+    assert all(len(set(order)) == len(order) for order in standard["orders"].values())
+    assert standard["tune"]["order"] in standard["orders"]
+    assert not set(standard["tune"]["seeds"]) & set(standard["seeds"])
+
+
+def test_questions_become_choices(compare: Any) -> None:
+    question = "Which?\n\nA. one\nB. two \nC. three\nD. four\nAnswer:"
+    lines = [json.dumps({"question": question, "answer": "B"}).encode()]
+    twice = json.dumps({"question": question.replace("three", "one"), "answer": "A"}).encode()
+    (row,) = compare.compare_data.mmlu_rows([*lines, twice])
+    assert row == {"prompt": "Question: Which?\nAnswer:", "answer": "two", "options": ["one", "two", "three", "four"]}
+    with pytest.raises(SystemExit, match="A question of another form"):
+        compare.compare_data.mmlu_rows([json.dumps({"question": "Why?", "answer": "A"}).encode()])
