@@ -221,7 +221,7 @@ class _ChunkedLoss(torch.autograd.Function):
             if grad_hidden is not None:
                 grad_hidden[piece] = grad @ head
             if grad_weight is not None:
-                grad_weight += grad.T @ inputs
+                _add_product(grad_weight, grad.T, inputs)
         count = torch.full((), states.shape[0], device=states.device) if keep is None else keep.sum()
         count = count.clamp_min(1).to(work)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias, count)
@@ -238,10 +238,19 @@ class _ChunkedLoss(torch.autograd.Function):
         if grad_hidden is not None:
             grad_hidden = (grad_hidden * scale).to(grad_hidden.dtype).reshape(shape)
         if grad_weight is not None:
-            grad_weight = (grad_weight * scale).to(weight_dtype)
+            grad_weight = torch.mul(grad_weight, scale, out=torch.empty_like(grad_weight, dtype=weight_dtype))
         if grad_bias is not None:
             grad_bias = (grad_bias * scale).to(bias_dtype)
         return grad_hidden, grad_weight, grad_bias, None, None
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """``total += a @ b``; a product of lower precision in pieces, since it would be as large as half the total."""
+    if total.dtype == b.dtype:
+        total.addmm_(a, b)
+        return
+    for rows, piece in zip(total.chunk(_MIN_CHUNKS), a.chunk(_MIN_CHUNKS), strict=True):
+        rows += piece @ b
 
 
 def _clean(states: Tensor, kept: Tensor | None, dtype: torch.dtype) -> Tensor:
