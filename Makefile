@@ -6,11 +6,14 @@ METHODS ?= plain,replay
 
 PYTHON ?= python3
 VENV ?= .venv
+# The leg with the oldest versions that pyproject.toml allows: an environment of its own.
+OLDEST_PYTHON ?= python3.10
+OLDEST ?= .venv-oldest
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-all lint wheel clean
+.PHONY: demo test test-all test-oldest lint wheel clean
 
 $(BIN)/.torch:
 	$(PYTHON) -m venv $(VENV)
@@ -33,6 +36,16 @@ test: $(BIN)/.test
 test-all: $(BIN)/.test
 	$(BIN)/python -m pytest -q
 
+$(OLDEST)/.test: pyproject.toml .ci/oldest.py
+	$(OLDEST_PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python .ci/oldest.py > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $(OLDEST)/constraints.txt -e ".[test,demo]"
+	touch $@
+
+# The same tests with every dependency at its lower bound.
+test-oldest: $(OLDEST)/.test
+	$(OLDEST)/bin/python -m pytest -q -m "not slow"
+
 lint: $(BIN)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -42,4 +55,4 @@ wheel: $(BIN)/.test
 	$(BIN)/python -m build --wheel
 
 clean:
-	rm -rf $(VENV) build dist runs examples/assets
+	rm -rf $(VENV) $(OLDEST) build dist runs examples/assets

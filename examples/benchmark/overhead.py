@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """What replay costs a training step, beside what the added rows must cost.
 
-Plain and replay runs take turns, each a real ``trainer.fit``; a figure is the median of step times over the median of
-the plain run's. ``python examples/benchmark/overhead.py --device gpu --out overhead.json``; ``--tiny`` on a CPU.
+Every run is a real ``trainer.fit``. Runs take turns within a round, and a figure is the median over the rounds of a
+ratio within one round, so that a clock that drifts from round to round cancels. ``python
+examples/benchmark/overhead.py --device gpu --out overhead.json``; ``--tiny`` on a CPU, ``--parts`` for some of it.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
 import statistics
 import time
 import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,11 @@ from lightning_cl.replay import EpisodicMemory, GeneralSamples, Row
 from lightning_cl.report.provenance import provenance
 
 VOCABULARY = 4096
+# Steps of each fit that are not counted: allocator, kernels and the optimizer's state are set up in them.
+WARM_UP = 3
+
+#: A measured figure: what it is, its value, and the most it may be (None: for comparison).
+Figure = tuple[str, float, "float | None"]
 
 
 class Rows(Dataset):
@@ -75,9 +83,6 @@ class StepTimes(pl.Callback):
         self.seconds: list[float] = []
         self._last: float | None = None
 
-    def on_train_start(self, *args: Any) -> None:
-        self._last = None
-
     def on_train_batch_end(self, *args: Any) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
@@ -87,130 +92,195 @@ class StepTimes(pl.Callback):
         self._last = now
 
 
-def fit(model: Model, callbacks: list[pl.Callback], device: str, batch: int, length: int, steps: int) -> list[float]:
-    """One short fit; gives its step times without the first three."""
-    times = StepTimes()
-    trainer = pl.Trainer(
-        accelerator=device,
-        devices=1,
-        precision="bf16-true" if device == "gpu" else "32-true",
-        max_steps=steps,
-        callbacks=[*callbacks, times],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-    )
-    trainer.fit(model, DataLoader(Rows(batch * steps, length), batch_size=batch))
-    return times.seconds[3:]
-
-
-def compare(model: Model, variants: dict[str, Any], device: str, rounds: int, steps: int) -> dict[str, float]:
-    """Median step time of each variant over interleaved rounds, and each ratio to the first."""
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(rounds):
-        for name, (callbacks, batch, length) in variants.items():
-            seconds[name] += fit(model, callbacks(), device, batch, length, steps)
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def general(length: int) -> GeneralSamples:
-    """Replay rows of one length."""
-    return GeneralSamples(Rows(64, length, seed=1), num_samples=64, max_tokens=length)
-
-
 class Idle(ContinualCallback):
     """Attaches to the module and asks for nothing."""
 
 
-def sampling(rows: int) -> float:
-    """Microseconds to draw 8 rows from a memory of ``rows``: the median of 2,000 draws."""
-    memory = EpisodicMemory(rows)
-    row = Row({"input_ids": torch.zeros(8, dtype=torch.long)}, "0")
-    memory._kept = [(i, row) for i in range(rows)]
-    seconds = []
-    for _ in range(2000):
-        start = time.perf_counter()
-        memory.draw(8, 0, 1)
-        seconds.append(time.perf_counter() - start)
-    return 1e6 * statistics.median(seconds)
+class Bench:
+    """The model and the device that all runs share.
+
+    Args:
+        device: ``"cpu"`` or ``"gpu"``.
+        tiny: a small model on short rows, to try the script itself.
+        rounds: how often each comparison is repeated.
+        steps: counted steps of each run.
+    """
+
+    def __init__(self, device: str, tiny: bool, rounds: int, steps: int) -> None:
+        self.device, self.tiny, self.rounds, self.steps = device, tiny, rounds, steps
+        self.model = Model(tiny)
+        self.batch, self.added = (8, 2) if tiny else (32, 8)
+        self.long, self.short = (128, 16) if tiny else (512, 48)
+
+    def step_time(self, callbacks: list[pl.Callback], batch: int, length: int, seed: int = 0) -> float:
+        """Median step time of one fit, in seconds."""
+        times, steps = StepTimes(), self.steps + WARM_UP
+        trainer = pl.Trainer(
+            accelerator=self.device,
+            devices=1,
+            precision="bf16-true" if self.device == "gpu" else "32-true",
+            max_steps=steps,
+            callbacks=[*callbacks, times],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            limit_val_batches=0,
+        )
+        # The collector would otherwise run in the middle of some steps and not of others.
+        gc.collect()
+        trainer.fit(self.model, DataLoader(Rows(batch * steps, length, seed), batch_size=batch))
+        return statistics.median(times.seconds[WARM_UP - 1 :])
+
+    def rounds_of(self, runs: Mapping[str, Callable[[], float]]) -> list[dict[str, float]]:
+        """The seconds of each run in each round, after a round that does not count."""
+        timed = [{name: run() for name, run in runs.items()} for _ in range(self.rounds + 1)]
+        return timed[1:]
+
+    def general(self, length: int, **kwargs: Any) -> list[pl.Callback]:
+        """A mixer of replay rows of one length."""
+        rows = GeneralSamples(Rows(64, length, seed=1), num_samples=64, max_tokens=length)
+        return [ReplayMixer(rows, rows_per_batch=self.added, **kwargs)]
+
+    def equal(self) -> list[Figure]:
+        """Task and replay rows of one length."""
+        batch, added, length = self.batch, self.added, self.long
+        rounds = self.rounds_of(
+            {
+                "plain": lambda: self.step_time([], batch, length),
+                "attached": lambda: self.step_time([Idle()], batch, length),
+                "replay": lambda: self.step_time(self.general(length), batch, length),
+                "larger": lambda: self.step_time([], batch + added, length),
+            }
+        )
+        return [
+            ("attached, nothing active / plain", _ratio(rounds, "attached", "plain"), 1.01),
+            (
+                f"{batch} + {added} rows of {length} / plain",
+                _ratio(rounds, "replay", "plain"),
+                1.02 * (1 + added / batch),
+            ),
+            (f"the same / a plain batch of {batch + added}", _ratio(rounds, "replay", "larger"), None),
+        ]
+
+    def unequal(self) -> list[Figure]:
+        """Short task rows and long replay rows."""
+        batch, added, short, long = self.batch, self.added, self.short, self.long
+        rounds = self.rounds_of(
+            {
+                # The unpadded arithmetic, measured: the same tokens as plain batches of either length.
+                "short alone": lambda: self.step_time([], batch, short),
+                "long alone": lambda: self.step_time([], added, long),
+                "auto": lambda: self.step_time(self.general(long), batch, short),
+                "joined": lambda: self.step_time(self.general(long, layout="joined"), batch, short),
+            }
+        )
+        both = f"{batch} x {short} + {added} x {long}"
+        return [
+            (f"{both} / both alone", _ratio(rounds, "auto", "short alone", "long alone"), 1.1),
+            ("the same, always joined / both alone", _ratio(rounds, "joined", "short alone", "long alone"), None),
+        ]
+
+    def tasks(self, count: int) -> list[Figure]:
+        """Many tasks with one memory, and the same number of plain fits beside them."""
+        mixer = ReplayMixer(EpisodicMemory(200, policy="task_balanced"))
+        batch, length = self.batch, self.short
+        plain, replay, memory = [], [], []
+        for seed in range(count):
+            plain.append(self.step_time([], batch, length, seed))
+            replay.append(self.step_time([mixer], batch, length, seed))
+            memory.append(torch.cuda.memory_allocated() if torch.cuda.is_available() else 0)
+        # Neighbouring tasks are taken together: one short fit alone is noise. Task 1 has nothing to replay.
+        few = max(2, count // 10)
+        first, last = slice(1, 1 + few), slice(count - few, count)
+
+        def growth(values: list[float]) -> float:
+            return statistics.median(values[last]) / statistics.median(values[first])
+
+        ratios = [r / p for r, p in zip(replay, plain, strict=True)]
+        return [
+            (f"replay / plain, at the last of {count} tasks / at the second", growth(ratios), 1.03),
+            ("step time with replay, last / second", growth(replay), None),
+            ("step time of the plain fits beside it, last / second", growth(plain), None),
+            ("memory, last / second", memory[-1] / memory[1] if memory[1] else 1.0, 1.03),
+        ]
+
+    def memory(self) -> list[Figure]:
+        """Drawing 8 rows from a small and from a large memory."""
+        large = 10_000 if self.tiny else 1_000_000
+        memories = {size: _filled(size) for size in (1_000, large)}
+        seconds: dict[int, list[float]] = {size: [] for size in memories}
+        for _ in range(2000):
+            for size, memory in memories.items():
+                start = time.perf_counter()
+                memory.draw(8, 0, 1)
+                seconds[size].append(time.perf_counter() - start)
+        small, big = (1e6 * statistics.median(values) for values in seconds.values())
+        return [
+            (f"8 rows of a memory of {large:,}, microseconds", big, 50.0),
+            ("8 rows of a memory of 1,000, microseconds", small, None),
+        ]
 
 
-def many_tasks(model: Model, device: str, tasks: int, batch: int, length: int, steps: int) -> dict[str, float]:
-    """Step time and memory at the last of many tasks, over the second's."""
-    mixer = ReplayMixer(EpisodicMemory(200))
-    medians, allocated = [], []
-    for _ in range(tasks):
-        medians.append(statistics.median(fit(model, [mixer], device, batch, length, steps)))
-        allocated.append(torch.cuda.memory_allocated() if torch.cuda.is_available() else 0)
-    # Neighbouring tasks are taken together: one short fit alone is noise.
-    time_ratio = statistics.median(medians[-5:]) / statistics.median(medians[1:6])
-    return {"time": time_ratio, "memory": allocated[-1] / allocated[1] if allocated[1] else 1.0}
+def _filled(size: int) -> EpisodicMemory:
+    """A memory of ``size`` rows, each its own, brought in as a checkpoint would."""
+    tokens = torch.arange(8 * size) % VOCABULARY
+    memory = EpisodicMemory(size)
+    state = memory.state_dict()
+    state["kept"] = {
+        "columns": {"input_ids": {"data": tokens, "shapes": [[8]] * size}},
+        "priorities": list(range(size)),
+        "ids": [str(i) for i in range(size)],
+        "tokens": [8] * size,
+        "tasks": ["past"] * size,
+    }
+    memory.load_state_dict(state)
+    assert isinstance(memory.draw(1, 0, 1)[0], Row)
+    return memory
+
+
+def _ratio(rounds: list[dict[str, float]], over: str, *under: str) -> float:
+    """Median over the rounds of one run's step time over the sum of others'."""
+    return statistics.median(times[over] / sum(times[name] for name in under) for times in rounds)
 
 
 def main() -> None:
     """Measure, check against the targets, print and write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cpu", choices=["cpu", "gpu"])
-    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--parts", default="equal,unequal,tasks,memory")
+    parser.add_argument("--tiny", action="store_true", help="a small model, few rounds: to try the script itself")
+    parser.add_argument("--rounds", type=int, help="how often each comparison is repeated")
+    parser.add_argument("--steps", type=int, help="counted steps of each run")
+    parser.add_argument("--tasks", type=int, help="how many tasks are learnt one after the other")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    device, tiny = arguments.device, arguments.tiny
-    model = Model(tiny)
-    rounds, steps = (2, 8) if tiny else (4, 24)
-    batch, added, length, long = (8, 2, 32, 128) if tiny else (32, 8, 512, 512)
-    short = 16 if tiny else 48
-    equal = compare(
-        model,
-        {
-            "plain": (list, batch, length),
-            "attached": (lambda: [Idle()], batch, length),
-            "replay": (lambda: [ReplayMixer(general(length), rows_per_batch=added)], batch, length),
-        },
-        device,
-        rounds,
-        steps,
+    tiny = arguments.tiny
+    bench = Bench(
+        arguments.device, tiny, arguments.rounds or (2 if tiny else 7), arguments.steps or (5 if tiny else 20)
     )
-    unequal = compare(
-        model,
-        {
-            "plain": (list, batch, short),
-            "replay": (lambda: [ReplayMixer(general(long), rows_per_batch=added)], batch, short),
-            "joined": (lambda: [ReplayMixer(general(long), rows_per_batch=added, layout="joined")], batch, short),
-            # The unpadded arithmetic, measured: the same tokens as plain batches of either length, one after the other.
-            "long alone": (list, added, long),
-        },
-        device,
-        rounds,
-        steps,
-    )
-    tasks = many_tasks(model, device, 6 if tiny else 100, 8, short, 6 if tiny else 8)
-    rows = [
-        ("attached, nothing active / plain", equal["attached"] / equal["plain"], 1.01),
-        (
-            f"{batch} + {added} rows of {length} / plain",
-            equal["replay"] / equal["plain"],
-            (batch + added) / batch * 1.02,
-        ),
-        (
-            f"{batch} x {short} + {added} x {long} / both alone",
-            unequal["replay"] / (unequal["plain"] + unequal["long alone"]),
-            1.1,
-        ),
-        ("the same, always joined / both alone", unequal["joined"] / (unequal["plain"] + unequal["long alone"]), None),
-        ("step time at the last of many tasks / second", tasks["time"], 1.03),
-        ("memory at the last of many tasks / second", tasks["memory"], 1.03),
-        ("8 rows of a memory of 1,000,000, microseconds", sampling(1_000_000), 50.0),
-    ]
-    for name, value, target in rows:
+    parts: dict[str, Callable[[], list[Figure]]] = {
+        "equal": bench.equal,
+        "unequal": bench.unequal,
+        "tasks": lambda: bench.tasks(arguments.tasks or (8 if tiny else 100)),
+        "memory": bench.memory,
+    }
+    unknown = [name for name in arguments.parts.split(",") if name not in parts]
+    if unknown:
+        parser.error(f"unknown parts {unknown}; choose from {', '.join(parts)}")
+    figures: list[Figure] = []
+    for name in arguments.parts.split(","):
+        start = time.perf_counter()
+        figures += parts[name]()
+        print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
+        if arguments.out:
+            result = {"figures": figures, "tiny": tiny, "rounds": bench.rounds, "steps": bench.steps, **provenance()}
+            arguments.out.write_text(json.dumps(result, indent=1))
+    for what, value, target in figures:
         verdict = "" if target is None else f"  target {target:.3f}  {'met' if value <= target else 'MISSED'}"
-        print(f"{name:52s} {value:9.3f}{verdict}")
-    result = {"rows": rows, "seconds": {"equal": equal, "unequal": unequal}, "tiny": tiny, **provenance()}
-    if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=1))
+        print(f"{what:60s} {value:9.3f}{verdict}")
 
 
 if __name__ == "__main__":
