@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from lightning_cl import CausalLMModule, Task, TaskStream, fit_stream
+from lightning_cl.data import Encoder
 from tests.helpers.models import tiny_llama, tiny_tokenizer
 from tests.stream_tools import Stream, trainer
 
@@ -71,3 +72,21 @@ def test_evaluation_batches_hold_rows_of_like_length() -> None:
     widths = [batch["input_ids"].shape[1] for batch in data.val_dataloader()[0]]
     assert widths == sorted(widths, reverse=True)
     assert all(torch.is_tensor(batch["labels"]) for batch in data.train_dataloader())
+
+
+def test_evaluation_rows_are_encoded_once_however_often_they_are_evaluated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[str] = []
+    plain = Encoder.encode_eval
+
+    def counted(self: Encoder, example: Any, metric: str | None = None) -> dict[str, Any]:
+        encoded.append(example["prompt"])
+        return plain(self, example, metric)
+
+    monkeypatch.setattr(Encoder, "encode_eval", counted)
+    tasks = [Task(name, train=CHOICES, test=CHOICES, metric="accuracy") for name in "ab"]
+    module = CausalLMModule(tiny_llama(), tokenizer=tiny_tokenizer(), lr=1e-2)
+    matrix = fit_stream(trainer(tmp_path, max_epochs=1), module, TaskStream(tasks, batch_size=4, max_length=64))
+    assert len(matrix.scores()) == 3 * 2  # three rows of the matrix were evaluated
+    assert sorted(encoded) == sorted(2 * [row["prompt"] for row in CHOICES])

@@ -28,29 +28,42 @@ class EncodedDataset(Dataset[Any]):
         encoder: the encoder; None when no row is text.
         mode: ``"train"`` or ``"eval"``.
         metric: the metric of evaluation, see :meth:`Encoder.encode_eval`.
+        keep: whether encoded rows are kept: for rows that are evaluated again and again (8 bytes a token).
 
     Raises:
         TypeError: for a source without length or index.
     """
 
-    def __init__(self, rows: Any, encoder: Encoder | None, mode: Mode = "train", metric: str | None = None) -> None:
+    def __init__(
+        self,
+        rows: Any,
+        encoder: Encoder | None,
+        mode: Mode = "train",
+        metric: str | None = None,
+        keep: bool = False,
+    ) -> None:
         if not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
             raise TypeError(f"{type(rows).__name__} has no length or index: use `EncodedIterableDataset`.")
         self.rows = rows
         self.encoder = encoder
         self.mode: Mode = mode
         self.metric = metric
+        self._kept: dict[int, Any] | None = {} if keep else None
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Any:
         place = index if index >= 0 else -1 - index
-        item = _encode(self.rows[place], self.encoder, self.mode, self.metric, f"row {place}")
+        item = None if self._kept is None else self._kept.get(place)
+        if item is None:
+            item = _encode(self.rows[place], self.encoder, self.mode, self.metric, f"row {place}")
+            if self._kept is not None:
+                self._kept[place] = item
         if isinstance(item, dict) and "metric" in item:
-            item["row"] = index if index >= 0 else -1
-        elif index < 0 and isinstance(item, dict) and "labels" in item:
-            item["labels"] = item["labels"].clone().fill_(IGNORE_INDEX)
+            return {**item, "row": index if index >= 0 else -1}
+        if index < 0 and isinstance(item, dict) and "labels" in item:
+            return {**item, "labels": item["labels"].clone().fill_(IGNORE_INDEX)}
         return item
 
     def lengths(self) -> list[int]:

@@ -144,6 +144,7 @@ class TaskStream(pl.LightningDataModule):
         self._sources: dict[tuple[str, Split], Any] | None = None
         self._beginnings: dict[tuple[str, Split], Any] = {}
         self._encoder: Any = None
+        self._texts: dict[tuple[str, Split], TextRows] = {}
         self._lengths_reported = False
         self._fingerprints: list[dict[str, Any]] | None = None
         #: The current train loader.
@@ -372,7 +373,9 @@ class TaskStream(pl.LightningDataModule):
             return None  # the user's own function takes text as it is
         if self._encoder is None:
             self._encoder = make_encoder(module, self.tokenizer, self.encoder_options)
-        return TextRows(task, split, source, self._encoder)
+        if (task.name, split) not in self._texts:
+            self._texts[task.name, split] = TextRows(task, split, source, self._encoder)
+        return self._texts[task.name, split]
 
     def _on_epoch(self, epoch: int) -> None:
         if self.epoch_hook is not None:

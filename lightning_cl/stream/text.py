@@ -86,7 +86,8 @@ class TextRows:
         #: Evaluation rows of like length together: less padding.
         self.order: list[int] | None = None
         if not is_iterable(rows):
-            self.dataset = EncodedDataset(rows, encoder, self._mode, self._metric)
+            # Test rows are read at every stage, and options cost as many encodings as there are.
+            self.dataset = EncodedDataset(rows, encoder, self._mode, self._metric, keep=self._mode == "eval")
             if self._mode == "eval":
                 lengths = self.dataset.lengths()
                 self.order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
