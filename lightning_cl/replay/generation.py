@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -151,7 +152,9 @@ class DecodeEngine:
         preparing = 0.0
         rows: list[Tensor] = []
         ended: list[bool] = []
-        with torch.no_grad(), evaluating(self._modules), gathered(self._modules):
+        # A model that is compiled for training would compile anew for each shape of a decode step.
+        eagerly = nullcontext() if self._mode == "compile" else torch.compiler.set_stance("force_eager")
+        with torch.no_grad(), eagerly, evaluating(self._modules), gathered(self._modules):
             device = next(self._model.parameters()).device
             network = self._network()
             size = min(len(prompts), self._batch_size or self._fitting_batch(device)) or 1

@@ -175,6 +175,22 @@ def test_the_model_is_left_as_it_was() -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "granite, logit scale"])
+def test_a_compiled_model_is_not_compiled_for_decoding(name: str) -> None:
+    model, compiled = family(name).eval(), []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    expected = naive(model, [1], 12, seed=0, row=0)
+    model.compile(backend=backend)
+    assert DecodeEngine(model, length=12).generate([[1]]).rows[0].tolist() == expected
+    assert not compiled
+    model(input_ids=torch.ones(1, 4, dtype=torch.long))
+    assert compiled  # and training goes on compiled
+
+
+@pytest.mark.parametrize("name", ["llama", "granite, logit scale"])
 def test_logits_that_are_not_finite_stop_with_the_position(name: str) -> None:
     model = family(name)
     with torch.no_grad():
