@@ -144,6 +144,7 @@ def run(
     steps: int,
     warmup: int,
     callbacks: list[Any],
+    make_strategy: Callable[[], Any] = lambda: "auto",
     **settings: Any,
 ) -> Stopwatch:
     """One short training run on ``rows``, which are repeated so that it is one epoch."""
@@ -151,6 +152,7 @@ def run(
     enough = rows * (1 + steps * batch // len(rows))
     trainer = pl.Trainer(
         **{"accelerator": "gpu" if DEVICE == "cuda" else "cpu", "devices": 1, **settings},
+        strategy=make_strategy(),
         max_steps=steps,
         max_epochs=-1,
         logger=False,
