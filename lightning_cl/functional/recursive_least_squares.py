@@ -290,21 +290,24 @@ class RecursiveLeastSquares:
         rows = float(self._counts.sum())
         if rows == 0:
             return torch.full((len(ridges),), math.inf, dtype=torch.float64)
-        # One decomposition serves every ridge: in the eigenbasis both residual and trace are sums over eigenvalues.
-        values, vectors = torch.linalg.eigh(self.gram)
-        energy = (vectors.T @ self.cross).square().sum(dim=1).double().cpu()
-        values = values.double().cpu().clamp_min(0)
-        real = values > values.max() * self.in_features * torch.finfo(self.dtype).eps
-        energy = torch.where(real, energy / values.where(real, torch.ones_like(values)), 0.0)
-        # What no solution can explain. Labels are one-hot, so their squares sum to the number of rows.
-        unexplained = max(rows - float(energy.sum()), 0.0)
-        unexplained = unexplained if unexplained > 1e-10 * rows else 0.0
+        gram, cross = self.gram, self.cross
+        eye = torch.eye(self.in_features, dtype=gram.dtype, device=gram.device)
+        # Both parts of the quotient are differences: what rounding leaves of them is no error to compare.
+        eps, trace = torch.finfo(gram.dtype).eps, float(gram.diagonal().sum())
         errors = []
         for ridge in ridges:
-            kept = values / (values + ridge)
-            residual = unexplained + float((energy * (1 - kept).square()).sum())
-            free = rows - float(kept.sum())
-            errors.append(rows * residual / free**2 if free > 1e-9 * rows else math.inf)
+            factor = _try_factor(gram, ridge)
+            if factor is None:
+                errors.append(math.inf)
+                continue
+            # With W solved, RSS = |Y|^2 - <C, W> - ridge |W|^2, and labels are one-hot, so that |Y|^2 is their number.
+            weight = torch.cholesky_solve(cross, factor)
+            residual = rows - float((cross * weight).sum()) - ridge * float(weight.square().sum())
+            # tr H = E - ridge tr (A + ridge I)^-1, whose trace is the sum of squares of the factor's inverse.
+            inverse = torch.linalg.solve_triangular(factor, eye, upper=False)
+            free = rows - self.in_features + ridge * float(inverse.square().sum())
+            judged = residual > 1e4 * eps * rows and free > eps * self.in_features * trace / ridge
+            errors.append(rows * residual / free**2 if judged else math.inf)
         return torch.tensor(errors, dtype=torch.float64)
 
     def leave_one_out(self, features: Tensor, labels: Tensor, ridges: Sequence[float]) -> Tensor:

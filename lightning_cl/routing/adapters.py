@@ -57,6 +57,8 @@ class AdapterBank:
         self.active: str | None = None
         self._host: dict[str, dict[str, Tensor]] = {}
         self._resident: list[str] = self.names
+        self._waiting: set[str] = set()  # adapters in host memory
+        self._known: dict[str, dict[str, nn.Parameter]] = {}
         if template:
             self._check_config()
         self.layers = self._layers_above()
@@ -113,8 +115,14 @@ class AdapterBank:
 
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
         """The adapter's parameters by their names inside the PEFT model."""
+        if name in self._known:
+            return self._known[name]
         marks = (f".lora_A.{name}.", f".lora_B.{name}.", f".lora_embedding_A.{name}", f".lora_embedding_B.{name}")
-        return {n: p for n, p in self.model.named_parameters() if any(mark in n for mark in marks)}
+        found = {n: p for n, p in self.model.named_parameters() if any(mark in n for mark in marks)}
+        # Looking at every name of a large model takes longer than a small batch. Sharding replaces parameters.
+        if found and not weights.is_sharded(self.module):
+            self._known[name] = found
+        return found
 
     def untrained(self, name: str) -> bool:
         """Whether the adapter still changes nothing (its B is zero); True for a sharded model, which cannot tell."""
@@ -173,14 +181,16 @@ class AdapterBank:
         spare = [n for n in self._resident if n not in wanted and n != self.active]
         staying = [n for n in self._resident if n == self.active and n not in wanted]
         self._resident = [*staying, *spare[-1:], *wanted]
-        if not self.can_offload:
+        leaving, coming = spare[:-1], self._waiting.intersection(wanted)
+        if not (leaving or coming) or not self.can_offload:
             return
-        for name in spare[:-1]:
+        for name in leaving:
             self._to_host(name)
-        for name in wanted:
+        device = self.device
+        for name in coming:
             for parameter in self.parameters(name).values():
-                if parameter.device != self.device:
-                    parameter.data = parameter.data.to(self.device, non_blocking=True)
+                parameter.data = parameter.data.to(device, non_blocking=True)
+        self._waiting -= coming
 
     def forget_copies(self) -> None:
         """Take no copy in host memory for the adapter's weights: a checkpoint may have changed those on the device."""
@@ -188,6 +198,7 @@ class AdapterBank:
 
     def _to_host(self, name: str) -> None:
         # A frozen adapter is the same in both places, so that after the first time nothing is copied back.
+        self._waiting.add(name)
         host = self._host.setdefault(name, {})
         for full, parameter in self.parameters(name).items():
             if parameter.device.type == "cpu":

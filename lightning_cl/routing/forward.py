@@ -17,6 +17,7 @@ from lightning_cl import anatomy, weights
 from lightning_cl.replay.rows import layout_of
 from lightning_cl.routing.adapters import AdapterBank
 from lightning_cl.routing.features import pool, prompt_mask
+from lightning_cl.routing.mixed import MixedAdapters
 from lightning_cl.routing.router import BASE, AnalyticRouter, Routes
 
 __all__ = ["RoutedForward"]
@@ -40,9 +41,10 @@ class _Call:
 class RoutedForward:
     """Hooks that route each sample of a batch to its adapter, in every forward pass and in ``generate``.
 
-    At the feature layer the prompt's hidden states are pooled and routed; each LoRA layer above then runs with the
-    adapters of the routes (PEFT's mixed-batch path). Decode steps of a generation keep the routes of its prompt. It
-    acts in evaluation mode only; in training the active adapter runs, as without it.
+    At the feature layer the prompt's hidden states are pooled and routed; each LoRA layer above then adds the adapters
+    of the routes, each to its own samples (:class:`~lightning_cl.routing.mixed.MixedAdapters`). Decode steps of a
+    generation keep the routes of its prompt. It acts in evaluation mode only; in training the active adapter runs, as
+    without it.
 
     Args:
         module: The LightningModule or network.
@@ -70,7 +72,7 @@ class RoutedForward:
         self.on_routes: Callable[[Routes], None] | None = None
         self.on_hidden: Callable[[Tensor, dict[str, Any]], None] | None = None
         self._given: list[str] | str | None = None
-        self._names: list[str] | None = None
+        self._mixed: MixedAdapters | None = None
         self._call: _Call | None = None
         self._generating = 0
         self._reading = False
@@ -107,6 +109,9 @@ class RoutedForward:
                 if id(part) in layers:
                     hook = self._at_adapter_layer if name in above else self._at_shallow_layer
                     self._keep(part.register_forward_pre_hook(outside(hook), with_kwargs=True))
+                    if name in above:
+                        after = outside(self._after_adapter_layer)
+                        self._keep(part.register_forward_hook(after, with_kwargs=True))
         if compiled:
             torch.compiler.reset()  # code compiled before the hooks would silently go on without them
         return self
@@ -209,7 +214,7 @@ class RoutedForward:
     def _enter(self, names: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._call is None:
             self._call = _Call()
-            self._names = None
+            self._mixed = None
         call = self._call
         call.depth += 1
         # The outer model sees the labels, the backbone the cache: the first to know a value keeps it.
@@ -236,9 +241,10 @@ class RoutedForward:
         if not self.enabled or self.module.training or (call.done and self._call is not None):
             return
         call.done = True
-        self._names = self._adapters(hidden, call)
-        if self._names is not None and self.bank is not None:
-            self.bank.fetch(dict.fromkeys(self._names))
+        names = self._adapters(hidden, call)
+        if names is not None and self.bank is not None:
+            self._mixed = MixedAdapters(names)
+            self.bank.fetch(self._mixed.used)
 
     def _adapters(self, hidden: Tensor, call: _Call) -> list[str] | None:
         rows = hidden.shape[0]
@@ -300,9 +306,19 @@ class RoutedForward:
 
     def _at_adapter_layer(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # A user who names adapters in the call has PEFT's own hook after this one, which wins.
-        if self._names is None or not self.enabled or layer.training:
+        mixed = self._mixed
+        if mixed is None or not self.enabled or layer.training:
             return None
-        return args, {**kwargs, "adapter_names": self._names}
+        return args, {**kwargs, "adapter_names": mixed.base_names if mixed.can_add(layer) else mixed.names}
+
+    def _after_adapter_layer(
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor | None:
+        mixed = self._mixed
+        # Adapters that are disabled as a whole stay so.
+        if mixed is None or kwargs.get("adapter_names") is not mixed.base_names or layer.disable_adapters:
+            return None
+        return mixed.add(layer, args[0], output)
 
     def _at_shallow_layer(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # The template reaches down here: if it is active, it must not change what the router reads.

@@ -94,8 +94,10 @@ class AnalyticRouter:
         if self.weight.device != features.device or self.weight.dtype != kind:
             self.weight = self.weight.to(features.device, kind)
         scores = features.to(kind) @ self.weight
-        unseen = torch.tensor([not s for s in self.seen], device=scores.device)
-        return scores.masked_fill(unseen, -torch.inf)
+        for column, seen in enumerate(self.seen):
+            if not seen:
+                scores[:, column] = -torch.inf
+        return scores
 
     def route(self, pooled: Tensor) -> Routes:
         """Choose a class and an adapter for each row of pooled hidden states ``[B, D]``."""
