@@ -47,6 +47,7 @@ from lightning_cl.data import Collator, Encoder
 from lightning_cl.metrics import TaskMatrix
 from lightning_cl.report import results
 from lightning_cl.report.provenance import provenance
+from lightning_cl.report.row import routing
 
 STANDARD = Path(__file__).parent / "compare" / "standard.yaml"
 
@@ -112,25 +113,34 @@ class Costs(pl.Callback):
     """Where a run's time goes; the first of the callbacks, so that the others' work lies between its hooks.
 
     Attributes:
-        seconds: by phase: ``prepare`` (before a task's first step: rows made, references taken), ``train``, ``finish``
-            (after its last step: a router fitted) and ``evaluate``.
+        by_stage: seconds by stage and phase: ``prepare_seconds`` (before a task's first step: rows made, references
+            taken), ``train_seconds``, ``finish_seconds`` (after its last step: a router fitted), ``evaluation_seconds``.
         step_seconds: of each training step but a task's first three.
         tokens: tokens, padding included, that went through the network in training steps, reference passes included.
         peak_bytes: most memory of the device in use between a task's set-up and its last step.
     """
 
     def __init__(self) -> None:
-        self.seconds = dict.fromkeys(("prepare", "train", "finish", "evaluate"), 0.0)
+        self.by_stage: dict[int, dict[str, float]] = {}
         self.step_seconds: list[float] = []
         self.steps = self.tokens = self.peak_bytes = 0
         self._last = self._began = 0.0
         self._phase: str | None = None
+        self._stage = -1
         self._hook: Any = None
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """The sum over the stages, by phase."""
+        names = ("prepare_seconds", "train_seconds", "finish_seconds", "evaluation_seconds")
+        return {name: sum(stage.get(name, 0.0) for stage in self.by_stage.values()) for name in names}
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         if stage == "fit" and torch.cuda.is_initialized():
             torch.cuda.reset_peak_memory_stats()
-        self._enter("prepare" if stage == "fit" else "evaluate")
+        stream = trainer.datamodule
+        self._stage = stream.current_index if stage == "fit" else stream.stage
+        self._enter("prepare" if stage == "fit" else "evaluation")
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._hook = pl_module.model.get_input_embeddings().register_forward_pre_hook(self._count)
@@ -148,6 +158,7 @@ class Costs(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self.steps += trainer.global_step
+        self.by_stage[self._stage]["steps"] = float(trainer.global_step)
         self._enter("finish")
         if torch.cuda.is_initialized():
             self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated())
@@ -168,7 +179,8 @@ class Costs(pl.Callback):
             torch.cuda.synchronize()
         now = time.perf_counter()
         if self._phase is not None:
-            self.seconds[self._phase] += now - self._entered
+            cost = self.by_stage.setdefault(self._stage, {})
+            cost[f"{self._phase}_seconds"] = cost.get(f"{self._phase}_seconds", 0.0) + now - self._entered
         self._phase, self._entered = phase, now
 
 
@@ -267,7 +279,7 @@ def run_one(job: Job) -> dict[str, Any]:
         "jobs": job.jobs,
         "files": rows["sha256"],
         "cost": {
-            **{f"{phase}_seconds": seconds for phase, seconds in costs.seconds.items()},
+            **costs.seconds,
             "setup_seconds": setup_seconds,
             "generation_seconds": sum(getattr(source, "seconds", 0.0) for source in generators),
             "step_seconds": statistics.median(costs.step_seconds) if costs.step_seconds else None,
@@ -280,7 +292,8 @@ def run_one(job: Job) -> dict[str, Any]:
     }
     made_by = provenance()
     made_by = {**made_by, "commit": made_by["commit"] or job.commit}
-    results.write(job.folder, matrix, {"comparison": document, "provenance": made_by})
+    parts = {"comparison": document, "provenance": made_by, "costs": costs.by_stage, "routing": routing(trainer)}
+    results.write(job.folder, matrix, parts)
     return document
 
 
@@ -412,7 +425,7 @@ def _attempt(job: Job) -> int:
         return 1
     phases = ", ".join(
         f"{phase} {document['cost'][f'{phase}_seconds']:.1f}"
-        for phase in ("setup", "prepare", "train", "finish", "evaluate")
+        for phase in ("setup", "prepare", "train", "finish", "evaluation")
     )
     print(f"{name}: {time.perf_counter() - began:.0f} s ({phases})", flush=True)
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from html import escape
 from typing import Any
 
@@ -44,6 +45,8 @@ svg.chart { max-width: 100%; height: auto; }
 .key { display: inline-block; width: 22px; height: 12px; border: 2px solid #d55e00; vertical-align: -1px;
   margin-right: 4px; }
 """
+#: With more runs than this, the figures have a row for each run, and lines side by side no bands.
+_MANY = 4
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
@@ -105,26 +108,39 @@ def _figures(runs: Sequence[Run]) -> str:
             }
         )
     keys = list(dict.fromkeys(key for column in columns for key in column))
-    head = "".join(f"<th>{escape(run.name)}</th>" for run in runs)
-    lines = []
-    for key in keys:
-        title = next(column[key][0] for column in columns if key in column)
-        less = " <span class='note'>(less is better)</span>" if key in display.LOWER_IS_BETTER else ""
-        cells = []
-        for run, column in zip(runs, columns, strict=True):
-            if key not in column:
-                cells.append("<td>-</td>")
-                continue
-            _, value, reason, ends, scale = column[key]
-            sign = key not in ("average", "learning_accuracy")
-            shown = f"<b>{display.number(value, scale, sign)}</b>" if value is not None else ""
-            shown += f" <span class='ends'>{display.interval(ends, scale, sign)}</span>" if value is not None else ""
-            shown = shown or f"<span class='none'>none: {escape(reason)}</span>"
-            data = "" if value is None else f"{value!r}"
-            about = f'data-run="{escape(run.name)}" data-figure="{escape(key)}" data-value="{data}"'
-            cells.append(f'<td class="figure" {about}>{shown}</td>')
-        lines.append(f"<tr><td>{escape(title)}{less}</td>{''.join(cells)}</tr>")
-    return f'<div class="card"><table><tr><th></th>{head}</tr>{"".join(lines)}</table>{_unit_note(runs)}</div>'
+    titles = {key: next(column[key][0] for column in columns if key in column) for key in keys}
+    heads = [
+        escape(titles[key]) + (" <span class='note'>(less is better)</span>" if key in display.LOWER_IS_BETTER else "")
+        for key in keys
+    ]
+    names = [escape(run.name) for run in runs]
+    cells = [[_figure(run, key, column.get(key)) for key in keys] for run, column in zip(runs, columns, strict=True)]
+    if len(runs) > _MANY:
+        table = _table(heads, names, cells)
+    else:
+        table = _table(names, heads, [list(row) for row in zip(*cells, strict=True)])
+    return f'<div class="card">{table}{_unit_note(runs)}</div>'
+
+
+def _figure(run: Run, key: str, found: tuple[str, float | None, str, Any, float] | None) -> str:
+    if found is None:
+        return "<td>-</td>"
+    _, value, reason, ends, scale = found
+    sign = key not in ("average", "learning_accuracy")
+    if value is None:
+        shown = f"<span class='none'>none: {escape(reason)}</span>"
+    else:
+        shown = f"<b>{display.number(value, scale, sign)}</b>"
+        shown += f" <span class='ends'>{display.interval(ends, scale, sign)}</span>"
+    data = "" if value is None else f"{value!r}"
+    about = f'data-run="{escape(run.name)}" data-figure="{escape(key)}" data-value="{data}"'
+    return f'<td class="figure" {about}>{shown}</td>'
+
+
+def _table(columns: Sequence[str], rows: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{column}</th>" for column in columns)
+    body = "".join(f"<tr><td>{name}</td>{''.join(row)}</tr>" for name, row in zip(rows, cells, strict=True))
+    return f"<table><tr><th></th>{head}</tr>{body}</table>"
 
 
 def _unit_note(runs: Sequence[Run]) -> str:
@@ -149,6 +165,9 @@ def _side_by_side(runs: Sequence[Run]) -> str:
             for index, run in enumerate(runs)
             if task in run.matrix.tasks
         ]
+        if len(runs) > _MANY:
+            # So many bands over each other would hide the lines.
+            lines = [replace(line, bands={}) for line in lines]
         longest = max((run.matrix for run in having), key=lambda m: len(m.stages))
         picture = svg.chart(lines, _ticks(longest), _unit(having[0].matrix, task), width=430, height=220)
         probe = " (probe)" if task in having[0].matrix.probes else ""
@@ -242,7 +261,13 @@ def _terms(run: Run) -> str:
 
 
 def _costs(run: Run) -> str:
-    labels = {"prepare_seconds": "preparation", "train_seconds": "training", "evaluation_seconds": "evaluation"}
+    labels = {
+        "prepare_seconds": "preparation",
+        "train_seconds": "training",
+        "finish_seconds": "fitting",
+        "evaluation_seconds": "evaluation",
+    }
+    labels = {key: label for key, label in labels.items() if any(cost.get(key) for cost in run.costs.values())}
     rows: dict[str, dict[str, float]] = {}
     for stage, cost in sorted(run.costs.items()):
         parts = {label: cost[key] for key, label in labels.items() if key in cost}

@@ -121,6 +121,33 @@ def test_runs_side_by_side_have_a_chart_per_task(two_runs: list[Any]) -> None:
     assert "Runs side by side" not in page(two_runs[:1])
 
 
+def test_many_runs_have_a_row_each_and_no_bands(tmp_path: Path) -> None:
+    for index in range(5):
+        write_run(tmp_path / f"run{index}", shift=index / 100)
+    runs, _ = find_runs([tmp_path])
+    few, many = page(runs[:4]), page(runs)
+    first_column = re.findall(r"<tr><td>([^<]*)", many[: many.index("Runs side by side")])
+    assert first_column == [f"run{index}" for index in range(5)]
+    figures = {m["data-run"]: m["data-value"] for m in Marks(many).marks if m.get("data-figure") == "backward_transfer"}
+    assert [float(figures[f"run{index}"]) for index in range(5)] == pytest.approx([-0.15 - i / 100 for i in range(5)])
+
+    def bands(text: str) -> int:
+        beside = text[text.index("Runs side by side") :]
+        return beside[: beside.index("<section")].count("<polygon")
+
+    assert bands(few) == 4 * 3  # of each task's rows; the probe's are not known here
+    assert bands(many) == 0
+
+
+def test_time_spent_fitting_is_shown_where_there_is_some(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", costs={"0": {"train_seconds": 30.0, "finish_seconds": 2.5}})
+    write_run(tmp_path / "b")
+    routed, plain = (page([find_runs([tmp_path / name])[0][0]]) for name in "ab")
+    assert "fitting: 2.5 s" in routed
+    assert [m["data-value"] for m in Marks(routed).marks if m.get("data-part") == "fitting"] == ["2.5"]
+    assert "fitting:" not in plain
+
+
 def test_origins_that_differ_are_said_and_nothing_is_averaged(tmp_path: Path) -> None:
     from tests.report.runs import PROVENANCE
 
