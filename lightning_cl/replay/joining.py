@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_cl.distributed import sum_over_ranks, world_size
+from lightning_cl.replay.packing import join_packed
 from lightning_cl.replay.rows import (
     IGNORED_LABEL,
     BatchLayout,
@@ -20,7 +21,6 @@ from lightning_cl.replay.rows import (
     alone,
     collate_rows,
     join,
-    join_packed,
     layout_of,
 )
 from lightning_cl.step import ReplayRows

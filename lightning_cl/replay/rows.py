@@ -14,6 +14,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from lightning_cl.replay.ragged import FOLLOWING, segment_lengths
+
 # What fills the end of a shorter row, by the last part of the key's path. A key outside this table (and outside the
 # user's own `pad_values`) is never padded: a wrong fill would train on noise without an error.
 PAD_VALUES: dict[str, float] = {
@@ -113,7 +115,8 @@ def layout_of(batch: Any) -> BatchLayout:
     """Take a batch apart.
 
     Raises:
-        MisconfigurationException: if it holds no tensor, so that its rows cannot be told.
+        MisconfigurationException: if it holds no tensor, so that its rows cannot be told, or rows without a common
+            length in a layout that cannot be extended.
     """
     leaves = dict(_walk(batch, ""))
     first = leaves.get("input_ids")
@@ -124,7 +127,7 @@ def layout_of(batch: Any) -> BatchLayout:
             f"A training batch of type `{type(batch).__name__}` holds no tensor, so its rows cannot be told apart and"
             " replay rows cannot be added. Give tensors (in dicts, tuples, lists or dataclasses), one row an entry."
         )
-    lengths = _segment_lengths(leaves)
+    lengths = segment_lengths(leaves)
     if lengths is not None:
         return BatchLayout(batch, leaves, len(lengths), [], lengths)
     rows = len(first)
@@ -161,7 +164,7 @@ def collate_rows(
     Raises:
         MisconfigurationException: if keys, kinds of values or shapes do not fit the task's batch.
     """
-    contents = [_fit_keys(row, layout) for row in rows]
+    contents = [fit_keys(row, layout) for row in rows]
     out: dict[str, Any] = {}
     for path in layout.per_row:
         values = [content[path] for content in contents]
@@ -172,8 +175,8 @@ def collate_rows(
         values = [torch.as_tensor(v) for v in values]
         if any(v.is_floating_point() != like.is_floating_point() or v.ndim != like.ndim - 1 for v in values):
             raise MisconfigurationException(
-                f"Replay rows do not fit the task's batch at key {path!r}: the batch holds {_describe(like[0])} a row,"
-                f" the replay row {rows[0].id!r} holds {_describe(values[0])}. Give rows of the same structure and"
+                f"Replay rows do not fit the task's batch at key {path!r}: the batch holds {describe(like[0])} a row,"
+                f" the replay row {rows[0].id!r} holds {describe(values[0])}. Give rows of the same structure and"
                 " dtypes as the training batches."
             )
         width_here = width if like.ndim >= 2 and like.shape[1] == layout.width and layout.width else 0
@@ -212,48 +215,6 @@ def join(layout: BatchLayout, replay: Mapping[str, Any], pad_values: Mapping[str
 def alone(layout: BatchLayout, replay: Mapping[str, Any]) -> Any:
     """A batch of the replay entries only, in the task batch's containers."""
     return layout.rebuild({**layout.leaves, **replay})
-
-
-def join_packed(layout: BatchLayout, rows: Sequence[Row]) -> Any:
-    """The packed batch ``[1, tokens]`` with every row appended as a further segment.
-
-    Raises:
-        MisconfigurationException: if a leaf is of a kind that cannot be extended, by name.
-    """
-    leaves = dict(layout.leaves)
-    contents = [_fit_keys(row, layout) for row in rows]
-    device = leaves["input_ids"].device
-    added = [len(c["input_ids"]) for c in contents]
-    for path, leaf in layout.leaves.items():
-        key = path.rpartition(".")[2]
-        if key in _CUMULATIVE:
-            ends = torch.tensor(added, device=device).cumsum(0).to(leaf.dtype)
-            leaves[path] = torch.cat([leaf, ends + leaf[-1]])
-        elif key in _LONGEST:
-            leaves[path] = (
-                type(leaf)(max(int(leaf), *added)) if not isinstance(leaf, Tensor) else leaf.clamp_min(max(added))
-            )
-        elif key == "position_ids":
-            tail = torch.cat([torch.arange(n, device=device) for n in added]).to(leaf.dtype)
-            leaves[path] = torch.cat([leaf, tail[None]], dim=1)
-        elif isinstance(leaf, Tensor) and leaf.ndim == 2 and leaf.shape == layout.leaves["input_ids"].shape:
-            values = [c[path].clone() for c in contents]
-            if key == "labels":
-                # In a packed row, a segment's first token would be predicted from its neighbour's last.
-                for value in values:
-                    value[0] = IGNORED_LABEL
-            leaves[path] = torch.cat([leaf, torch.cat(values).to(device, leaf.dtype)[None]], dim=1)
-        else:
-            raise MisconfigurationException(
-                f"The packed batch has a key {path!r} ({_describe(leaf)}) that replay segments cannot be appended to."
-                " Known are `[1, tokens]` tensors, `position_ids`, `cu_seqlens` (`cu_seq_lens_q/k`) and `max_length_q/k`."
-                " Drop the key, or train on padded batches."
-            )
-    return layout.rebuild(leaves)
-
-
-_CUMULATIVE = ("cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k")
-_LONGEST = ("max_seqlen", "max_length_q", "max_length_k")
 
 
 def _walk(node: Any, path: str) -> Iterator[tuple[str, Any]]:
@@ -295,21 +256,6 @@ def _entries(leaf: Any) -> int | None:
     return len(leaf) if isinstance(leaf, (list, tuple)) else None
 
 
-def _segment_lengths(leaves: Mapping[str, Any]) -> list[int] | None:
-    ids = leaves.get("input_ids")
-    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.shape[0] != 1:
-        return None
-    for key in _CUMULATIVE:
-        if isinstance(leaves.get(key), Tensor):
-            return leaves[key].flatten().diff().tolist()
-    positions = leaves.get("position_ids")
-    if not isinstance(positions, Tensor) or positions.shape != ids.shape:
-        return None
-    starts = (positions[0] == 0).nonzero().flatten().tolist()
-    ends = [*starts[1:], ids.shape[1]]
-    return [end - start for start, end in zip(starts, ends, strict=True)]
-
-
 def _split_packed(layout: BatchLayout, task: str | None) -> list[Row]:
     rows, start = [], 0
     shape = layout.leaves["input_ids"].shape
@@ -317,14 +263,14 @@ def _split_packed(layout: BatchLayout, task: str | None) -> list[Row]:
         content = {
             path: leaf[0, start : start + length].detach().clone()
             for path, leaf in layout.leaves.items()
-            if isinstance(leaf, Tensor) and leaf.shape == shape and path.rpartition(".")[2] != "position_ids"
+            if isinstance(leaf, Tensor) and leaf.shape == shape and path.rpartition(".")[2] not in FOLLOWING
         }
         rows.append(Row(content, content_id(content), loss_tokens(content), task))
         start += length
     return rows
 
 
-def _fit_keys(row: Row, layout: BatchLayout) -> dict[str, Any]:
+def fit_keys(row: Row, layout: BatchLayout) -> dict[str, Any]:
     """The row's content with exactly the batch's keys; what follows from ``input_ids`` is made, the rest refused."""
     wanted = layout.per_row or [
         path for path, leaf in layout.leaves.items() if isinstance(leaf, Tensor) and leaf.ndim == 2
@@ -343,7 +289,7 @@ def _fit_keys(row: Row, layout: BatchLayout) -> dict[str, Any]:
                 content[path] = torch.ones(len(ids))
             elif path == "position_ids":
                 content[path] = torch.arange(len(ids))
-            elif path == "token_type_ids":
+            elif path in ("token_type_ids", "seq_idx"):
                 content[path] = torch.zeros_like(ids)
     missing = [path for path in wanted if path not in content]
     extra = [path for path in content if path not in wanted and path not in PAD_VALUES]
@@ -376,7 +322,8 @@ def _widen(tensor: Tensor, width: int, path: str, pad_values: Mapping[str, float
     return out
 
 
-def _describe(value: Any) -> str:
+def describe(value: Any) -> str:
+    """A value in words, for messages."""
     if isinstance(value, Tensor):
         return f"a tensor {str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
     return f"a `{type(value).__name__}`"

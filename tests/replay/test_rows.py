@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_cl.replay.rows import Row, collate_rows, content_id, join, join_packed, layout_of, split_rows
+from lightning_cl.replay.packing import join_packed
+from lightning_cl.replay.rows import Row, collate_rows, content_id, join, layout_of, split_rows
 from tests.helpers import models
 
 
@@ -167,3 +168,45 @@ def test_an_unknown_key_of_a_packed_batch_is_refused() -> None:
         MisconfigurationException, match=r"key 'block_mask' .* that replay segments cannot be appended to"
     ):
         join_packed(layout, [Row({"input_ids": torch.tensor([5])}, "a")])
+
+
+def test_segment_numbers_go_on() -> None:
+    batch = {**_packed([3, 2], False), "seq_idx": torch.tensor([[0, 0, 0, 1, 1]], dtype=torch.int32)}
+    rows = split_rows(layout_of(batch))
+    assert all("seq_idx" not in row.content for row in rows)
+    joined = join_packed(layout_of(batch), rows)
+    assert joined["seq_idx"].tolist() == [[0, 0, 0, 1, 1, 2, 2, 2, 3, 3]]
+    assert joined["seq_idx"].dtype == torch.int32
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        (
+            {"input_ids": torch.arange(12), "labels": torch.arange(12), "cu_seqlens": torch.tensor([0, 5, 12])},
+            r"`cu_seqlens` beside `input_ids` of shape \[12\]",
+        ),
+        (
+            {"input_ids": torch.ones(2, 6, dtype=torch.long), "cu_seq_lens_q": torch.tensor([0, 5, 12])},
+            r"`cu_seq_lens_q` beside `input_ids` of shape \[2, 6\]",
+        ),
+        (
+            {"input_ids": torch.ones(1, 8, dtype=torch.long), "cu_seqlens": torch.tensor([0, 5])},
+            r"`cu_seqlens` of the packed batch covers 5 of its 8 tokens",
+        ),
+        ({"input_ids": [torch.arange(5), torch.arange(7)]}, r"2 tensors of unlike lengths \(5, 7\) at key 'input_ids'"),
+        ([torch.ones(3, 4, 4), torch.ones(1, 4, 4)], r"2 tensors of unlike lengths \(3, 1\), so"),
+        (
+            {"input_ids": torch.nested.nested_tensor([torch.arange(5), torch.arange(7)], layout=torch.jagged)},
+            "nested tensor at key 'input_ids'",
+        ),
+    ],
+)
+def test_other_ragged_layouts_are_refused_by_name(batch: Any, message: str) -> None:
+    with pytest.raises(MisconfigurationException, match=message):
+        layout_of(batch)
+
+
+def test_columns_of_unlike_kinds_are_no_ragged_rows() -> None:
+    assert layout_of([torch.ones(4, 3), torch.ones(4, dtype=torch.long)]).rows == 4
+    assert layout_of([torch.ones(4, 3), torch.ones(10)]).per_row == ["0"]
