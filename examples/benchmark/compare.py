@@ -294,6 +294,9 @@ def run_one(job: Job) -> dict[str, Any]:
     made_by = {**made_by, "commit": made_by["commit"] or job.commit}
     parts = {"comparison": document, "provenance": made_by, "costs": costs.by_stage, "routing": routing(trainer)}
     results.write(job.folder, matrix, parts)
+    (job.folder / "config.yaml").write_text(
+        yaml.safe_dump({job.method: job.spec, "recipe": recipe, "order": job.tasks})
+    )
     return document
 
 
