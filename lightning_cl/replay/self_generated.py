@@ -17,7 +17,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_cl.distributed import gather_objects, raise_together, rank, world_size
 from lightning_cl.replay.anchor import WeightAnchor
 from lightning_cl.replay.generation import DecodeEngine
-from lightning_cl.replay.prompting import encode_prompt, find_bos, find_eos, find_tokenizer, shared_beginning
+from lightning_cl.replay.grammar import RowGrammar
+from lightning_cl.replay.prompting import encode_prompt, find_bos, find_eos, find_tokenizer
 from lightning_cl.replay.rows import Row, content_id
 from lightning_cl.replay.self_generated_checks import check_arguments, refuse_strategy
 from lightning_cl.replay.shuffle import ShuffledWalk
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
 Prompts = Literal["bos", "past_tasks"] | list[str | list[int]]
 Parser = Callable[[Row, "str | None"], bool]
 
-# Rows of a task after which the beginning that they all share is taken as known.
-_ROWS_FOR_PREFIX = 512
 # Rounds of generation for one pool whose rows a parser may drop.
 _ROUNDS = 4
 _LOW_YIELD = 0.1
@@ -84,7 +83,9 @@ class SelfGenerated(ReplaySource):
     Past tasks can be replayed without a stored row (``prompts="past_tasks"``): each one's rows begin with the beginning
     that all its training rows shared (its instruction), and the model of before this task goes on from there. For that
     the model must have learnt the inputs too: train with ``CausalLMModule(prompt_loss_weight=...)`` above 0. Rows that
-    ``parser`` does not accept are dropped, and the yield is logged as ``cl/generation_yield``.
+    do not have the form of the task's own are dropped (:class:`~lightning_cl.replay.grammar.RowGrammar`: they must end,
+    with the prompts' common ending before the answer, and one of the answers where these were few), or those that
+    ``parser`` does not accept; the yield is logged as ``cl/generation_yield``.
 
     Note:
         Single device, DDP and FSDP2, where the weights are gathered once for a generation. In full fine-tuning, a
@@ -105,7 +106,7 @@ class SelfGenerated(ReplaySource):
         reuse: how often each row may be used before a new pool is made; by default as often as ``refresh`` allows.
         every_n_steps: optimizer steps between two pools, for ``refresh="every_n_steps"``.
         parser: function of ``(row, text)`` that says whether a row is grammatical; ``text`` is None without a tokenizer.
-            By default all rows are, and of past tasks those that have ended.
+            By default all rows are, and of past tasks those that have the form of the task's rows.
         batch_size: rows decoded together; by default as many as free memory allows.
         tokenizer: path or name of a tokenizer (or the object), where neither module nor data module has one.
         seed: seed of the rows and of the order in which they are replayed.
@@ -174,9 +175,8 @@ class SelfGenerated(ReplaySource):
         self._task = -1
         self._made_at = 0
         self._task_name: str | None = None
-        self._prefix: list[int] | None = None
-        self._prefix_rows = 0
-        self._prefixes: dict[str, list[int]] = {}
+        self._learning = RowGrammar()
+        self._grammars: dict[str, RowGrammar] = {}
         self._anchor_task = -1
         self._trainer: pl.Trainer | None = None
         self._module: pl.LightningModule | None = None
@@ -232,15 +232,13 @@ class SelfGenerated(ReplaySource):
 
     @property
     def observes(self) -> bool:
-        """Whether the beginning that the task's rows share is still being learnt."""
-        return self.prompts == "past_tasks" and self._prefix_rows < _ROWS_FOR_PREFIX and self._prefix != []
+        """Whether the form of the task's rows is still being learnt."""
+        return self.prompts == "past_tasks" and not self._learning.complete
 
     def observe(self, rows: list[Row]) -> None:
-        """Shorten the task's shared beginning to what these rows share with it."""
+        """Learn from these rows what the task's rows share."""
         for row in rows:
-            tokens = row.content["input_ids"].tolist()
-            self._prefix = tokens if self._prefix is None else shared_beginning([self._prefix, tokens])
-        self._prefix_rows += len(rows)
+            self._learning.learn(row.content)
 
     def available(self) -> int:
         """Rows of the pool; makes it, if it is due. Collective, in the first call of each batch."""
@@ -266,20 +264,21 @@ class SelfGenerated(ReplaySource):
         return [self._pool[i] for i in self._walk.take(count, len(self._pool), rank, world_size)]
 
     def end_task(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task_index: int) -> None:
-        """Keep the beginning that the task's rows shared, agreed over the ranks."""
+        """Keep the form of the task's rows, agreed over the ranks."""
         if self.prompts == "past_tasks":
-            found = [prefix for prefix in gather_objects(self._prefix) if prefix is not None]
-            prefix = shared_beginning(found) if found else []
-            if not prefix and self._bos is not None:
-                prefix = [self._bos]
-            if prefix:
-                self._prefixes[self._task_name or str(task_index)] = prefix
+            grammar = RowGrammar()
+            for found in gather_objects(self._learning):
+                grammar.merge(found)
+            if not grammar.beginning and self._bos is not None:
+                grammar.begin_with(self._bos)
+            if grammar.beginning:
+                self._grammars[self._task_name or str(task_index)] = grammar
             else:
                 rank_zero_warn(
                     f"The rows of task {self._task_name!r} share no first token and the tokenizer has no BOS, so"
                     " `SelfGenerated` cannot replay it. Begin its rows with an instruction or a task token."
                 )
-        self._prefix, self._prefix_rows = None, 0
+        self._learning = RowGrammar()
         self._trainer = self._module = None
 
     # ------------------------------------------------------------------ making rows
@@ -291,7 +290,7 @@ class SelfGenerated(ReplaySource):
             if self._anchor.kind == "previous_task" or not self._anchor.taken:
                 self._anchor.take(self._module)
             self._anchor_task = self._task_index
-        if self.prompts == "past_tasks" and not self._prefixes:
+        if self.prompts == "past_tasks" and not self._grammars:
             return
         new_task = self._task != self._task_index
         stale = self.every_n_steps is not None and self._trainer.global_step - self._made_at >= self.every_n_steps
@@ -378,7 +377,9 @@ class SelfGenerated(ReplaySource):
 
     def _accepts(self, row: Row, ended: bool) -> bool:
         if self.parser is None:
-            return ended or self.prompts != "past_tasks"
+            if row.task is None:
+                return True
+            return ended and self._grammars[row.task].accepts(row.content["input_ids"].tolist())
         text = self._tokenizer.decode(row.content["input_ids"].tolist()) if self._tokenizer is not None else None
         return bool(self.parser(row, text))
 
@@ -408,7 +409,7 @@ class SelfGenerated(ReplaySource):
     def _prompt_tokens(self) -> list[tuple[str | None, list[int]]]:
         """The prompts and the task that each is of."""
         if self.prompts == "past_tasks":
-            return list(self._prefixes.items())
+            return [(task, grammar.beginning) for task, grammar in self._grammars.items()]
         if self.prompts == "bos":
             assert self._bos is not None
             return [(None, [self._bos])]
@@ -430,9 +431,8 @@ class SelfGenerated(ReplaySource):
             "task": self._task,
             "made_at": self._made_at,
             "seconds": self.seconds,
-            "prefix": self._prefix,
-            "prefix_rows": self._prefix_rows,
-            "prefixes": {task: list(prefix) for task, prefix in self._prefixes.items()},
+            "learning": self._learning.state_dict(),
+            "grammars": {task: grammar.state_dict() for task, grammar in self._grammars.items()},
             "anchor_task": self._anchor_task,
             # Also between two fits: the shards' layout is that of the module they came from.
             "anchor": self._anchor.state_dict(self._last_module() if self._last_module is not None else None),
@@ -447,7 +447,7 @@ class SelfGenerated(ReplaySource):
         self._walk.load_state_dict(state["walk"])
         self._use = _Use(**state["use"])
         self._task, self._made_at, self.seconds = state["task"], state["made_at"], state["seconds"]
-        self._prefix, self._prefix_rows = state["prefix"], state["prefix_rows"]
-        self._prefixes = dict(state["prefixes"])
+        self._learning = RowGrammar.from_state(state["learning"])
+        self._grammars = {task: RowGrammar.from_state(saved) for task, saved in state["grammars"].items()}
         self._anchor_task = state["anchor_task"]
         self._anchor.load_state_dict(state["anchor"])

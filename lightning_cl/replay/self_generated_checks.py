@@ -105,3 +105,8 @@ def check_arguments(
             '`SelfGenerated(prompts="past_tasks", refresh="once")`: at the first task there is no past one, and later ones'
             ' would never be replayed. Use `refresh="per_task"`.'
         )
+    if prompts == "past_tasks" and on_eos == "continue":
+        raise ValueError(
+            '`SelfGenerated(prompts="past_tasks", on_eos="continue")`: a row of a task is over at its end token, and what'
+            ' would follow is no part of it. Leave `on_eos` out, or use "stop".'
+        )

@@ -157,12 +157,56 @@ def test_past_tasks_are_replayed_without_a_stored_row(tmp_path: Path) -> None:
         module.batches.clear()
         data = torch.utils.data.DataLoader(_Markov(token), batch_size=6)
         trainer(tmp_path, max_steps=40, max_epochs=-1, callbacks=[mixer]).fit(module, data)
-        assert source._prefixes[str(token - 10)] == [1, token]
+        assert source._grammars[str(token - 10)].beginning == [1, token]
     first = torch.cat([batch[-3:] for batch in module.batches])
     assert first[:, :2].tolist() == [[1, 10]] * len(first)
     assert {tuple(row) for row in first[:, 2:].tolist()} <= {(20, 21, 2), (30, 31, 2), (40, 41, 2)}
     assert {row.task for row in source._pool} == {"0"}
     assert source.name == "SelfGenerated.past_tasks"
+
+
+class _Choice(torch.utils.data.Dataset):
+    """Rows of a task: its token, two inputs, a marker, one of two answers, the end; the inputs are learnt at a tenth."""
+
+    def __init__(self, token: int) -> None:
+        self.rows = [[1, token, x, y, 50, 60 + (x > y), 2] for x in (20, 30, 40) for y in (25, 35, 45)] * 8
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        ids = torch.tensor(self.rows[index])
+        weight = torch.tensor([0.1] * 5 + [1.0] * 2)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone(), "loss_weight": weight}
+
+
+class _Weighted(PlainLM):
+    """Takes no notice of the weights, which say where answers begin."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return super().training_step({k: v for k, v in batch.items() if k != "loss_weight"}, batch_idx)
+
+
+def test_rows_without_the_form_of_their_task_are_dropped(tmp_path: Path) -> None:
+    module = _Weighted(tiny_llama(), lr=1e-2, optimizer="adamw")
+    source = SelfGenerated(24, 10, prompts="past_tasks")
+    mixer = ReplayMixer(source, rows_per_batch=3)
+    trainer(tmp_path, max_steps=25, max_epochs=-1, callbacks=[mixer]).fit(
+        module, torch.utils.data.DataLoader(_Choice(10), batch_size=12)
+    )
+    half_learnt = {name: p.detach().clone() for name, p in module.model.named_parameters()}
+    trainer(tmp_path, max_steps=1, max_epochs=-1, callbacks=[mixer]).fit(
+        module, torch.utils.data.DataLoader(_Choice(11), batch_size=12)
+    )
+    kept = [row.content["input_ids"].tolist() for row in source._pool]
+    assert all(row[:2] == [1, 10] and row[-3] == 50 and row[-2] in (60, 61) and row[-1] == 2 for row in kept)
+    # The rows that this pool was chosen from: the same numbers, from the same weights.
+    model = tiny_llama()
+    model.load_state_dict(half_learnt)
+    engine = DecodeEngine(model, length=10, on_eos="stop", eos_token_ids=[2])
+    made = [row.tolist() for row in engine.generate([[1, 10]] * source._made).rows]
+    assert len(kept) < len(made)
+    assert kept == [row for row in made if row[-3:-2] == [50] and row[-2] in (60, 61) and row[-1] == 2][: len(kept)]
 
 
 def test_no_grammatical_row_stops_with_the_reason(tmp_path: Path) -> None:
@@ -279,6 +323,7 @@ class TestRefusals:
             ({"refresh": "per_step", "reuse": 2}, "each row is used once"),
             ({"prompts": "past_tasks", "anchor": "initial"}, "never learnt the past tasks"),
             ({"prompts": "past_tasks", "refresh": "once"}, "at the first task there is no past one"),
+            ({"prompts": "past_tasks", "on_eos": "continue"}, "a row of a task is over at its end token"),
         ],
     )
     def test_arguments(self, kwargs: Any, message: str) -> None:
