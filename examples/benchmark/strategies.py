@@ -7,14 +7,15 @@ python examples/benchmark/strategies.py --tiny --out tiny.json                  
 
 A Llama with random weights (the shape of Llama-3-8B), LoRA r16 on q, k, v, o, rows of 1,024 tokens that all carry labels,
 AdamW. Each case checks first that its loss is that of the plain model on the same rows, then times steps inside Lightning's
-Trainer. Model FLOP utilisation counts 4 FLOPs a parameter of the frozen matrix products and token (forward, and the
-gradient of the activations), 6 a trainable one, and attention; it is a fraction of the matrix-product rate measured here.
+Trainer (the median). Model FLOP utilisation counts 4 FLOPs a parameter of the frozen matrix products and token (forward,
+and the gradient of the activations), 6 a trainable one, and attention; products that are computed twice to save memory count
+once. It is a fraction of the matrix-product rate measured here.
 
-Switched off one at a time, to see what each brings: compiled blocks, the loss at labelled tokens in chunks, prefetching.
-``rival`` is the Hugging Face Trainer with PEFT and bitsandbytes (with accelerate's FSDP2 under torchrun) on the same model.
-``callbacks`` has ReplayMixer, ReplayDistillation, ActivationMarginRegularizer, LoRAInterpolator and ForgettingMonitor on,
-with a fifth of the rows replayed; its ratio is to the arithmetic that they must do. ``load`` maps a checkpoint of that shape
-from disk and reports the host memory of the node. ``checkpoint`` saves and resumes.
+Switched off one at a time, to see what each brings: compiled blocks, the loss in chunks, prefetching. ``rival`` is the
+Hugging Face Trainer with PEFT and bitsandbytes (with accelerate's FSDP2 under torchrun) on the same model. ``callbacks`` has
+ReplayMixer, ReplayDistillation, ActivationMarginRegularizer, LoRAInterpolator and ForgettingMonitor on, with a fifth of the
+rows replayed; its ratio is to the arithmetic that they must do. ``load`` loads such a checkpoint from disk in 4 bits
+and reports the host memory of the node. ``checkpoint`` saves and resumes.
 """
 
 from __future__ import annotations
@@ -23,15 +24,19 @@ import argparse
 import contextlib
 import functools
 import gc
+import itertools
 import json
 import logging
 import os
 import platform
+import statistics
 import subprocess
 import tempfile
+import threading
 import time
-import traceback
 import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +58,15 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 8,
         "rope_theta": 500000.0,
     },
+    "llama-1b": {
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "rope_theta": 500000.0,
+    },
     "tiny": {
         "vocab_size": 128,
         "hidden_size": 32,
@@ -65,60 +79,129 @@ SHAPES: dict[str, dict[str, Any]] = {
 CUDA = torch.cuda.is_available()
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 RANK = int(os.environ.get("RANK", 0))
+DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if CUDA else torch.device("cpu")
 DTYPE = torch.bfloat16 if CUDA else torch.float32
 
-# name -> (strategy's arguments, rows, chunked loss). The first of a group is the one to reach the target.
-ONE: dict[str, tuple[dict[str, Any], int, bool]] = {
-    "bf16": ({"compile_blocks": True}, 4, True),
-    "bf16, no compile": ({}, 4, True),
-    "bf16, plain loss": ({"compile_blocks": True}, 4, False),
-    "nf4": ({"quantization": "nf4", "compile_blocks": True}, 4, True),
-    "nf4, no compile": ({"quantization": "nf4"}, 4, True),
-    "nf4, recompute": ({"quantization": "nf4", "compile_blocks": True, "activation_checkpointing": True}, 4, True),
+
+@dataclass
+class Case:
+    """A strategy's arguments, the rows of a device, and whose loss is taken: ours, or the model's own over all logits."""
+
+    options: dict[str, Any]
+    rows: int = 4
+    chunked: bool = True
+
+
+_4BIT: dict[str, Any] = {"quantization": "nf4", "compile_blocks": True}
+ONE = {
+    "bf16": Case({"compile_blocks": True}),
+    "nf4": Case(_4BIT),
+    "nf4 recompute": Case({**_4BIT, "activation_checkpointing": True}),
+    "bf16 no-compile": Case({}),
+    "nf4 no-compile": Case({"quantization": "nf4"}),
+    "bf16 plain-loss": Case({"compile_blocks": True}, chunked=False),
 }
-MANY: dict[str, tuple[dict[str, Any], int, bool]] = {
-    "fsdp bf16": ({"compile_blocks": True, "prefetch": 1}, 4, True),
-    "fsdp bf16, no compile": ({"prefetch": 1}, 4, True),
-    "fsdp bf16, no prefetch": ({"compile_blocks": True}, 4, True),
-    "fsdp bf16, plain loss": ({"compile_blocks": True, "prefetch": 1}, 4, False),
-    "fsdp nf4": ({"quantization": "nf4", "compile_blocks": True, "prefetch": 1}, 4, True),
-    "fsdp nf4, recompute": (
-        {"quantization": "nf4", "compile_blocks": True, "prefetch": 1, "activation_checkpointing": True},
-        8,
-        True,
-    ),
-    "replicas nf4": ({"quantization": "nf4", "compile_blocks": True, "replicate": WORLD, "shard": 1}, 4, True),
+MANY = {
+    "fsdp bf16": Case({"compile_blocks": True}),
+    "fsdp nf4": Case(_4BIT),
+    "fsdp nf4 recompute": Case({**_4BIT, "activation_checkpointing": True}, rows=8),
+    "fsdp bf16 gathered": Case({"compile_blocks": True, "reshard_after_forward": False}),
+    "fsdp bf16 prefetch": Case({"compile_blocks": True, "prefetch": 2}),
+    "fsdp bf16 no-compile": Case({}),
+    "fsdp nf4 no-compile": Case({"quantization": "nf4"}),
+    "fsdp bf16 plain-loss": Case({"compile_blocks": True}, chunked=False),
+    "replicas nf4": Case({**_4BIT, "replicate": WORLD, "shard": 1}),
 }
+EXTRAS = ("rival bf16", "rival nf4", "callbacks", "checkpoint", "load")
 
 
-def device() -> torch.device:
-    """This process's device."""
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if CUDA else torch.device("cpu")
+@dataclass
+class Results:
+    """What has been measured so far; written after each case, so that a run that is cut short is not lost."""
+
+    args: argparse.Namespace
+    matrix_flops: float
+    cases: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, name: str, **values: Any) -> None:
+        """Print a line, and write them all."""
+        self.cases.append({"case": name, **values})
+        if RANK != 0:
+            return
+        shown = "  ".join(
+            f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items() if k != "top"
+        )
+        print(f"{name:24s} {shown}", flush=True)
+        for line in values.get("top", ()):
+            print(f"    {line['ms']:8.2f} ms {line['calls']:6d} x {line['kernel']}")
+        if self.args.out:
+            where = torch.cuda.get_device_name() if CUDA else f"CPU {platform.machine()}"
+            document = {
+                "command": "examples/benchmark/strategies.py",
+                "hardware": f"{WORLD} x {where}",
+                "commit": commit(),
+                "torch": torch.__version__,
+                "shape": self.args.shape,
+                "tokens": self.args.tokens,
+                "matrix_tflops": self.matrix_flops / 1e12,
+                "cases": self.cases,
+            }
+            self.args.out.write_text(json.dumps(document, indent=2))
+
+    def speed(self, name: str, seconds: float, peak: float, rows: int, **more: Any) -> None:
+        """A line of the table of speeds."""
+        rate = rows * self.args.tokens / seconds
+        self.add(
+            name,
+            tokens_per_second_per_device=rate,
+            peak_gib=peak,
+            utilisation=rate * flops_per_token(self.args.shape, self.args.tokens) / self.matrix_flops,
+            rows=rows,
+            step_ms=1e3 * seconds,
+            **more,
+        )
+
+    def step_seconds(self, name: str) -> float | None:
+        """Seconds of a step of a case that has been measured."""
+        return next((c["step_ms"] / 1e3 for c in self.cases if c["case"] == name and "step_ms" in c), None)
 
 
-def make_base(shape: str) -> Any:
-    """Random weights, made on the device and kept there (one GPU) or in host memory (several)."""
+# ----------------------------------------------------------------------- the model and its rows
+
+
+def make_base(shape: str, dtype: torch.dtype = DTYPE) -> Any:
+    """Random weights, made on the device."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     default = torch.get_default_dtype()
-    torch.set_default_dtype(DTYPE)
+    torch.set_default_dtype(dtype)
     try:
-        with torch.device(device()):
+        with DEVICE:
             model = LlamaForCausalLM(LlamaConfig(**SHAPES[shape], tie_word_embeddings=False))
     finally:
         torch.set_default_dtype(default)
-    return model if WORLD == 1 else model.to("cpu")
+    return model.train()
 
 
 def add_lora(model: Any) -> Any:
-    """LoRA r16 on the attention's projections."""
+    """LoRA r16 on the attention's projections, in the model's dtype."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(1)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
     config = LoraConfig(r=16, lora_alpha=32, target_modules=targets, task_type="CAUSAL_LM")
     return get_peft_model(model, config, autocast_adapter_dtype=False)
+
+
+def make_tokenizer() -> Any:
+    """A tokenizer of three words, since a model folder has one."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(WordLevel({"<pad>": 0, "<eos>": 1, "<unk>": 2}, unk_token="<unk>"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
 
 
 def make_rows(shape: str, count: int, tokens: int, seed: int = 0) -> list[dict[str, Tensor]]:
@@ -141,27 +224,74 @@ class Plain(pl.LightningModule):
         return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-4, fused=CUDA)
 
 
-class Stopwatch(pl.Callback):
-    """Seconds a step after the first few, the first loss, and the peak of the memory."""
+class Ours(lightning_cl.CausalLMModule):
+    """Our module, with the same optimizer as the plain one."""
 
-    def __init__(self, warmup: int) -> None:
-        self.warmup, self.seconds, self.peak, self.loss = warmup, 0.0, 0.0, 0.0
-        self._done, self._start = 0, 0.0
+    configure_optimizers = Plain.configure_optimizers
+
+
+# ----------------------------------------------------------------------- timing
+
+
+class Stopwatch(pl.Callback):
+    """The median of the steps after the first few, the first loss, the memory's peak, and where the time goes."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.seconds, self.peak, self.loss = 0.0, 0.0, 0.0
+        self.marks: list[Any] = []
+        self.top: list[dict[str, Any]] = []
+        self._profiler: Any = None
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self._done == 0:
+        if not self.marks:
             self.loss = float(outputs["loss"])
-        self._done += 1
-        if self._done == self.warmup:
+        self.marks.append(mark())
+        done = len(self.marks)
+        if done == self.args.warmup:
             sync()
             if CUDA:
                 torch.cuda.reset_peak_memory_stats()
-            self._start = time.perf_counter()
+        if done == self.args.warmup + self.args.steps:
+            sync()
+            self.peak = torch.cuda.max_memory_allocated() / 2**30 if CUDA else 0.0
+            if self.args.profile:
+                self._profiler = torch.profiler.profile()
+                self._profiler.start()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         sync()
-        self.seconds = (time.perf_counter() - self._start) / max(1, self._done - self.warmup)
-        self.peak = torch.cuda.max_memory_allocated() / 2**30 if CUDA else 0.0
+        if self._profiler is not None:
+            self._profiler.stop()
+            self.top = kernels(self._profiler, self.args.profile)
+        timed = self.marks[self.args.warmup - 1 : self.args.warmup + self.args.steps]
+        self.seconds = statistics.median(between(a, b) for a, b in itertools.pairwise(timed))
+
+
+def mark() -> Any:
+    """A point of time on the device, without waiting for it."""
+    if not CUDA:
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def between(first: Any, second: Any) -> float:
+    """Seconds between two marks."""
+    return first.elapsed_time(second) / 1e3 if CUDA else second - first
+
+
+def kernels(profiler: Any, steps: int) -> list[dict[str, Any]]:
+    """The kernels that took most of the profiled steps, per step."""
+    found = [e for e in profiler.key_averages() if e.device_type != torch.autograd.DeviceType.CPU]
+    found.sort(key=lambda e: -e.self_device_time_total)
+    total = sum(e.self_device_time_total for e in found)
+    lines = [{"kernel": "all kernels", "ms": total / 1e3 / steps, "calls": sum(e.count for e in found) // steps}]
+    return lines + [
+        {"kernel": e.key[:100], "ms": e.self_device_time_total / 1e3 / steps, "calls": e.count // steps}
+        for e in found[:22]
+    ]
 
 
 def sync() -> None:
@@ -176,45 +306,51 @@ def free() -> None:
     gc.collect()
     if CUDA:
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
-def make_trainer(strategy: Any, args: argparse.Namespace, callbacks: list[Any], **kwargs: Any) -> pl.Trainer:
+def make_trainer(strategy: Any, args: argparse.Namespace, callbacks: list[Any], precision: str = "") -> pl.Trainer:
     """A quiet Trainer on all devices of this run."""
     return pl.Trainer(
         accelerator="gpu" if CUDA else "cpu",
         devices=WORLD,
         strategy=strategy,
-        precision="bf16-true" if CUDA else "32-true",
-        max_steps=args.warmup + args.steps,
+        precision=precision or ("bf16-true" if CUDA else "32-true"),  # type: ignore[arg-type]
+        max_steps=args.warmup + args.steps + args.profile,
         max_epochs=-1,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=callbacks,
-        **kwargs,
     )
 
 
-def make_module(model: Any, chunked: bool) -> pl.LightningModule:
-    """The module of a case."""
-    if not chunked:
-        return Plain(model)
-    module = lightning_cl.CausalLMModule(model, lr=1e-4)
-    module.configure_optimizers = Plain.configure_optimizers.__get__(module)  # type: ignore[method-assign]
-    return module
+# ----------------------------------------------------------------------- cases
 
 
-def ours(case: tuple[dict[str, Any], int, bool], args: argparse.Namespace, callbacks: list[Any] | None = None) -> Any:
-    """One case of ours: its Stopwatch and its Trainer."""
-    options, rows, chunked = case
-    module = make_module(add_lora(make_base(args.shape)), chunked)
-    strategy = CLFSDPStrategy(**options) if WORLD > 1 else CLSingleDeviceStrategy(**options)
-    loader = DataLoader(make_rows(args.shape, rows * WORLD * 4, args.tokens), batch_size=rows)
-    watch = Stopwatch(args.warmup)
+def ours(case: Case, args: argparse.Namespace, callbacks: list[Any] | None = None) -> tuple[Stopwatch, pl.Trainer]:
+    """Train a case."""
+    model = add_lora(make_base(args.shape))
+    module = Ours(model) if case.chunked else Plain(model)
+    strategy = CLFSDPStrategy(**case.options) if WORLD > 1 else CLSingleDeviceStrategy(**case.options)
+    loader = DataLoader(make_rows(args.shape, case.rows * WORLD * 4, args.tokens), batch_size=case.rows)
+    watch = Stopwatch(args)
     trainer = make_trainer(strategy, args, [*(callbacks or []), watch])
     trainer.fit(module, loader)
-    return watch, trainer, module
+    return watch, trainer
+
+
+def reference_loss(args: argparse.Namespace, rows: int) -> float:
+    """The plain model's loss on what the first step of this rank sees."""
+    model = add_lora(make_base(args.shape))
+    data = make_rows(args.shape, rows * WORLD * 4, args.tokens)
+    order: Any = range(len(data))
+    if WORLD > 1:
+        order = list(torch.utils.data.DistributedSampler(data, WORLD, RANK, shuffle=True, seed=0))
+    batch = {key: torch.stack([data[i][key] for i in list(order)[:rows]]).to(DEVICE) for key in data[0]}
+    with torch.no_grad():
+        return float(model(**batch, use_cache=False).loss)
 
 
 def rival(quantized: bool, rows: int, args: argparse.Namespace) -> tuple[float, float]:
@@ -232,21 +368,22 @@ def rival(quantized: bool, rows: int, args: argparse.Namespace) -> tuple[float, 
                 )
                 new.weight = bnb.nn.Params4bit(layer.weight.data, quant_type="nf4", quant_storage=DTYPE, module=new)
                 parent, _, child = name.rpartition(".")
-                setattr(base.get_submodule(parent), child, new.to(device()))
+                setattr(base.get_submodule(parent), child, new.to(DEVICE))
     model = add_lora(base)
-    times: list[float] = []
+    marks: list[Any] = []
 
     class Clock(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            sync()
-            times.append(time.perf_counter())
-            if len(times) == args.warmup and CUDA:
+            marks.append(mark())
+            if len(marks) == args.warmup and CUDA:
+                sync()
                 torch.cuda.reset_peak_memory_stats()
 
     with tempfile.TemporaryDirectory() as folder:
         sharded: dict[str, Any] = {}
         if WORLD > 1:
-            sharded = {"fsdp": "full_shard auto_wrap", "fsdp_config": {"version": 2, "reshard_after_forward": True}}
+            wrap = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+            sharded = {"fsdp": "full_shard auto_wrap", "fsdp_config": {"version": 2, **wrap}}
         arguments = TrainingArguments(
             output_dir=folder,
             per_device_train_batch_size=rows,
@@ -263,23 +400,143 @@ def rival(quantized: bool, rows: int, args: argparse.Namespace) -> tuple[float, 
         )
         data: Any = make_rows(args.shape, rows * WORLD * 8, args.tokens)
         Trainer(model=model, args=arguments, train_dataset=data, callbacks=[Clock()]).train()
-    seconds = (times[-1] - times[args.warmup - 1]) / max(1, len(times) - args.warmup)
+    sync()
+    timed = marks[args.warmup - 1 :]
+    seconds = statistics.median(between(a, b) for a, b in itertools.pairwise(timed))
     return seconds, torch.cuda.max_memory_allocated() / 2**30 if CUDA else 0.0
+
+
+def with_callbacks(results: Results, case: Case) -> None:
+    """All five callbacks together, against the arithmetic that they must do.
+
+    With R replayed rows beside B of the task: forward and backward of B + R rows, one forward of R rows for the shared
+    reference of distillation and margin (the adapters off), and one for the slow weights. A forward pass is a half of a
+    step with a frozen base. Beside them the same B rows without callbacks.
+    """
+    from lightning_cl import callbacks, replay
+
+    args, rows, replayed = results.args, case.rows, case.rows // 4
+    alone, _ = ours(case, args)
+    free()
+    texts = make_rows(args.shape, 16, args.tokens, 7)
+    watch, _ = ours(
+        case,
+        args,
+        [
+            callbacks.ReplayMixer(
+                replay.GeneralSamples(texts, num_samples=16, max_tokens=args.tokens), rows_per_batch=replayed
+            ),
+            callbacks.ReplayDistillation(),
+            callbacks.ActivationMarginRegularizer(),
+            callbacks.LoRAInterpolator(),
+            callbacks.ForgettingMonitor("val_loss", mode="min"),
+        ],
+    )
+    must = alone.seconds * ((rows + replayed) / rows + 2 * 0.5 * replayed / rows)
+    results.add(
+        "callbacks",
+        ratio=watch.seconds / must,
+        step_ms=1e3 * watch.seconds,
+        alone_ms=1e3 * alone.seconds,
+        must_ms=1e3 * must,
+        peak_gib=watch.peak,
+        rows=rows,
+        replayed=replayed,
+        **({"top": watch.top} if watch.top else {}),
+    )
+
+
+def save_and_resume(results: Results, case: Case) -> None:
+    """Size and time of an adapter-only checkpoint."""
+    _, trainer = ours(case, argparse.Namespace(**{**vars(results.args), "warmup": 1, "steps": 1, "profile": 0}))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(trainer.strategy.broadcast(folder)) / "a.ckpt"
+        start = time.perf_counter()
+        trainer.save_checkpoint(path)
+        saved = time.perf_counter()
+        trainer.strategy.load_checkpoint(path)
+        loaded = time.perf_counter()
+        trainer.strategy.barrier()
+        results.add(
+            "checkpoint",
+            megabytes=path.stat().st_size / 1e6,
+            save_seconds=saved - start,
+            load_seconds=loaded - saved,
+        )
+        trainer.strategy.barrier()
+
+
+def load_in_4bit(results: Results) -> None:
+    """Host memory of a node whose processes load a checkpoint of this shape from disk under the 4-bit strategy."""
+    from lightning_cl.distributed import gather_objects
+
+    args = results.args
+    if WORLD > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if CUDA else "gloo")
+    folder = Path(gather_objects(tempfile.mkdtemp(prefix="lightning-cl-"))[0])
+    if RANK == 0:
+        make_base(args.shape, torch.bfloat16).save_pretrained(folder)
+        make_tokenizer().save_pretrained(folder)
+    gather_objects(None)
+    free()
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    strategy = CLFSDPStrategy(quantization="nf4") if WORLD > 1 else CLSingleDeviceStrategy(quantization="nf4")
+    trainer = make_trainer(strategy, args, [], "bf16-true")
+    trainer.limit_val_batches = 1
+    lora = {"r": 16, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+    with growth_of_own_memory() as peak:
+        start = time.perf_counter()
+        module = lightning_cl.CausalLMModule(str(folder), lora=lora)
+        trainer.validate(module, DataLoader(make_rows(args.shape, 2 * WORLD, 16), batch_size=2), verbose=False)
+        seconds = time.perf_counter() - start
+    # The file's own pages are in memory once, however many processes read them.
+    node = sum(gather_objects(peak[0])) + size
+    results.add("load", seconds=seconds, checkpoint_gib=size / 2**30, node_over_checkpoint=node / size)
+    gather_objects(None)
+    if RANK == 0:
+        for file in folder.iterdir():
+            file.unlink()
+
+
+@contextlib.contextmanager
+def growth_of_own_memory() -> Iterator[list[int]]:
+    """The most that this process's own (anonymous) memory grows by while the context lasts, in bytes."""
+
+    def anonymous() -> int:
+        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+        return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Anonymous:"))
+
+    before, peak, done = anonymous(), [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.02):
+            peak[0] = max(peak[0], anonymous() - before)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        thread.join()
+
+
+# ----------------------------------------------------------------------- arithmetic
 
 
 def matrix_rate() -> float:
     """FLOP/s of a large matrix product in the run's dtype."""
     size = 8192 if CUDA else 256
-    a = torch.randn(size, size, device=device(), dtype=DTYPE)
-    b = torch.randn(size, size, device=device(), dtype=DTYPE)
+    a, b = (torch.randn(size, size, device=DEVICE, dtype=DTYPE) for _ in range(2))
     for _ in range(3):
         a @ b
-    sync()
-    start = time.perf_counter()
+    times = []
     for _ in range(20):
+        start = mark()
         a @ b
+        times.append((start, mark()))
     sync()
-    return 20 * 2 * size**3 / (time.perf_counter() - start)
+    return 2 * size**3 / statistics.median(between(*pair) for pair in times)
 
 
 def flops_per_token(shape: str, tokens: int) -> float:
@@ -295,260 +552,99 @@ def flops_per_token(shape: str, tokens: int) -> float:
     return 4 * (frozen + head) + 6 * lora + attention
 
 
-def reference_loss(args: argparse.Namespace, rows: int) -> float:
-    """The plain model's loss on what the first step of this rank sees."""
-    model = add_lora(make_base(args.shape)).to(device())
-    loader = make_rows(args.shape, rows * WORLD * 4, args.tokens)
-    order: Any = range(len(loader))
-    if WORLD > 1:
-        order = list(torch.utils.data.DistributedSampler(loader, WORLD, RANK, shuffle=True, seed=0))
-    batch = {key: torch.stack([loader[i][key] for i in list(order)[:rows]]).to(device()) for key in loader[0]}
-    with torch.no_grad():
-        return float(model(**batch, use_cache=False).loss)
+def commit() -> str:
+    """The commit of the code, where git knows it."""
+    with contextlib.suppress(OSError):
+        command = ["git", "rev-parse", "--short", "HEAD"]
+        found = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
+        return found.stdout.strip() or "unknown"
+    return "unknown"
 
 
-def record(name: str, seconds: float, peak: float, rows: int, rate: float, args: argparse.Namespace) -> dict[str, Any]:
-    """A line of the table."""
-    speed = rows * args.tokens / seconds
-    return {
-        "case": name,
-        "tokens_per_second_per_device": speed,
-        "peak_gib": peak,
-        "utilisation": speed * flops_per_token(args.shape, args.tokens) / rate,
-        "rows": rows,
-        "step_ms": 1e3 * seconds,
-    }
-
-
-def all_callbacks(args: argparse.Namespace, rows: int) -> list[Any]:
-    """Five callbacks with their defaults, a fifth of the rows replayed."""
-    from lightning_cl import callbacks, replay
-
-    source = replay.GeneralSamples(make_rows(args.shape, 16, args.tokens, 7), num_samples=16, max_tokens=args.tokens)
-    return [
-        callbacks.ReplayMixer(source, rows_per_batch=max(1, rows // 4)),
-        callbacks.ReplayDistillation(),
-        callbacks.ActivationMarginRegularizer(),
-        callbacks.LoRAInterpolator(),
-        callbacks.ForgettingMonitor("val_loss", mode="min"),
-    ]
-
-
-def with_callbacks(base: float, rows: int, args: argparse.Namespace) -> dict[str, Any]:
-    """All five callbacks together, against the arithmetic that they must do.
-
-    With R replayed rows beside B of the task: forward and backward of B + R rows, one forward of R rows for the shared
-    reference of distillation and margin (the adapters off), and one for the slow weights. A forward pass is a half of a
-    step with a frozen base.
-    """
-    options, _, chunked = MANY["fsdp bf16"] if WORLD > 1 else ONE["bf16"]
-    watch, _, _ = ours((options, rows, chunked), args, all_callbacks(args, rows))
-    replayed = max(1, rows // 4)
-    must = base * ((rows + replayed) / rows + 2 * 0.5 * replayed / rows)
-    return {
-        "case": "five callbacks",
-        "step_ms": 1e3 * watch.seconds,
-        "must_ms": 1e3 * must,
-        "ratio": watch.seconds / must,
-        "peak_gib": watch.peak,
-    }
-
-
-def save_and_resume(trainer: pl.Trainer) -> dict[str, Any]:
-    """Size and time of an adapter-only checkpoint."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(trainer.strategy.broadcast(folder)) / "a.ckpt"
-        sync()
-        start = time.perf_counter()
-        trainer.save_checkpoint(path)
-        saved = time.perf_counter() - start
-        start = time.perf_counter()
-        trainer.strategy.load_checkpoint(path)
-        loaded = time.perf_counter() - start
-        size = path.stat().st_size if path.is_file() else 0
-        trainer.strategy.barrier()
-    return {"case": "checkpoint", "megabytes": size / 1e6, "save_seconds": saved, "load_seconds": loaded}
-
-
-def load_in_4bit(args: argparse.Namespace) -> dict[str, Any]:
-    """Host memory of a node that loads a checkpoint of this shape from disk under the 4-bit strategy."""
-    import threading
-
-    from lightning_cl.distributed import gather_objects
-    from lightning_cl.strategies.loading import load_mapped
-
-    def anonymous() -> int:
-        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-        return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Anonymous:"))
-
-    shared = Path(tempfile.gettempdir()) / f"lightning-cl-benchmark-{args.shape}"
-    if RANK == 0 and not (shared / "config.json").exists():
-        make_base(args.shape).save_pretrained(shared)
-    strategy = CLFSDPStrategy(quantization="nf4") if WORLD > 1 else CLSingleDeviceStrategy(quantization="nf4")
-    trainer = make_trainer(strategy, args, [], limit_val_batches=1)
-    if WORLD > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if CUDA else "gloo")
-    gather_objects(None)
-    free()
-    before, peak, done = anonymous(), [0], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.05):
-            peak[0] = max(peak[0], anonymous() - before)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    start = time.perf_counter()
-    module = make_module(add_lora(load_mapped(shared)), chunked=True)
-    rows = make_rows(args.shape, 2 * WORLD, 16)
-    trainer.validate(module, DataLoader(rows, batch_size=2), verbose=False)
-    seconds = time.perf_counter() - start
-    done.set()
-    thread.join()
-    size = sum(file.stat().st_size for file in shared.glob("*.safetensors"))
-    node = sum(gather_objects(peak[0])) + size
-    return {
-        "case": "load in 4 bits",
-        "seconds": seconds,
-        "checkpoint_gib": size / 2**30,
-        "node_over_checkpoint": node / size,
-    }
+# ----------------------------------------------------------------------- the run
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the cases, print the table, write the figures."""
+    """Run the cases that were asked for."""
     args = parse(argv)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     if CUDA:
-        torch.cuda.set_device(device())
+        torch.cuda.set_device(DEVICE)
     else:
         # Tracing without code generation, which takes longer on a CPU than all else here.
         torch.compile = functools.partial(torch.compile, backend="aot_eager")  # type: ignore[assignment]
     cases = MANY if WORLD > 1 else ONE
-    chosen = [name for name in cases if not args.only or any(o in name for o in args.only)]
-    rate = matrix_rate()
-    lines: list[dict[str, Any]] = []
-    others: list[dict[str, Any]] = []
-    bits = "fsdp " if WORLD > 1 else ""
+    results = Results(args, matrix_rate())
     references: dict[int, float] = {}
-    for name in chosen:
-        rows = cases[name][1]
-        if rows not in references:
-            references[rows] = reference_loss(args, rows)
-            free()
-        watch, trainer, module = ours(cases[name], args)
-        # 4-bit rounding moves the loss of random weights by little; a wrong layer moves it by much.
-        tolerance = 0.1 if "nf4" in name else 0.02
-        assert abs(watch.loss - references[rows]) < tolerance, f"{name}: loss {watch.loss}, plain {references[rows]}"
-        lines.append(record(name, watch.seconds, watch.peak, rows, rate, args))
-        if name == f"{bits}bf16" and not args.only:
-            others.append(save_and_resume(trainer))
-        del watch, trainer, module
-        free()
-        show(lines[-1:])
-    if not args.only or "rival" in args.only:
-        for quantized in (False, True):
-            name = f"rival {'nf4' if quantized else 'bf16'}"
-            try:
-                seconds, peak = rival(quantized, 4, args)
-                lines.append(record(name, seconds, peak, 4, rate, args))
-                show(lines[-1:])
-            except Exception as error:
-                # What a user of it meets on this machine is a result too.
-                others.append(
-                    {
-                        "case": name,
-                        "error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-                    }
-                )
-                if args.verbose:
-                    traceback.print_exc()
-            free()
-    if not args.only or "callbacks" in args.only:
-        base = next((line["step_ms"] / 1e3 for line in lines if line["case"] == f"{bits}bf16"), None)
-        if base is None:
-            watch, _, _ = ours(cases[f"{bits}bf16"], args)
-            base = watch.seconds
-            free()
-        others.append(with_callbacks(base, 4, args))
-        free()
-    if not args.only or "load" in args.only:
-        others.append(load_in_4bit(args))
     if RANK == 0:
-        report(lines, others, rate, args)
+        print(f"matrix product {results.matrix_flops / 1e12:.1f} TFLOP/s; commit {commit()}", flush=True)
+    for name in args.cases or [*cases, *EXTRAS]:
+        start = time.perf_counter()
+        try:
+            if name in cases:
+                run_case(name, cases[name], results, references)
+            else:
+                run_extra(name, results, next(iter(cases.values())))
+        except Exception as error:
+            # What a user of a rival meets on this machine is a result too; one of ours must not take the rest along.
+            first = str(error).splitlines()[0] if str(error) else ""
+            results.add(name, error=f"{type(error).__name__}: {first}")
+            if args.strict and not name.startswith("rival"):
+                raise
+        free()
+        if RANK == 0:
+            print(f"    ({time.perf_counter() - start:.0f} s)", flush=True)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return 0
 
 
-def show(lines: list[dict[str, Any]]) -> None:
-    """Print lines as they come."""
-    if RANK == 0:
-        for line in lines:
-            print(
-                f"{line['case']:28s} {line['tokens_per_second_per_device']:10.0f} tokens/s/device"
-                f" {line['peak_gib']:7.2f} GiB  {line['utilisation']:6.1%}",
-                flush=True,
-            )
+def run_case(name: str, case: Case, results: Results, references: dict[int, float]) -> None:
+    """Check a case's loss and add its figures."""
+    if case.rows not in references:
+        references[case.rows] = reference_loss(results.args, case.rows)
+        free()
+    watch, _ = ours(case, results.args)
+    # 4-bit rounding moves the loss of random weights by little; a wrong layer moves it by much.
+    tolerance = 0.1 if "nf4" in name else 0.02
+    if abs(watch.loss - references[case.rows]) > tolerance:
+        raise RuntimeError(f"{name} has the loss {watch.loss}, the plain model {references[case.rows]}")
+    results.speed(name, watch.seconds, watch.peak, case.rows, **({"top": watch.top} if watch.top else {}))
 
 
-def report(lines: list[dict[str, Any]], others: list[dict[str, Any]], rate: float, args: argparse.Namespace) -> None:
-    """Print everything and write it as JSON."""
-    where = torch.cuda.get_device_name() if CUDA else f"CPU {platform.machine()}"
-    print(f"\n{WORLD} x {where}; matrix product {rate / 1e12:.1f} TFLOP/s; commit {commit()}")
-    show(lines)
-    for other in others:
-        print("  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in other.items()))
-    if args.out:
-        args.out.write_text(
-            json.dumps(
-                {
-                    "command": "examples/benchmark/strategies.py",
-                    "hardware": f"{WORLD} x {where}",
-                    "commit": commit(),
-                    "torch": torch.__version__,
-                    "shape": args.shape,
-                    "tokens": args.tokens,
-                    "matrix_flops": rate,
-                    "cases": lines,
-                    "others": others,
-                },
-                indent=2,
-            )
-        )
-
-
-def commit() -> str:
-    """The commit of the code, where git knows it."""
-    with contextlib.suppress(OSError):
-        found = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"],
-            capture_output=True,
-            text=True,
-            cwd=Path(__file__).parent,
-            check=False,
-        )
-        return found.stdout.strip() or "unknown"
-    return "unknown"
+def run_extra(name: str, results: Results, first: Case) -> None:
+    """Run what is no case of the table."""
+    if name.startswith("rival"):
+        seconds, peak = rival(name.endswith("nf4"), first.rows, results.args)
+        results.speed(name, seconds, peak, first.rows)
+    elif name == "callbacks":
+        with_callbacks(results, Case(first.options, rows=8))
+    elif name == "checkpoint":
+        save_and_resume(results, Case({}))
+    else:
+        load_in_4bit(results)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Read the options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="write the figures as JSON")
-    parser.add_argument("--tiny", action="store_true", help="run everything in seconds, without meaning")
+    names = [*(MANY if WORLD > 1 else ONE), *EXTRAS]
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"default: all of {', '.join(map(repr, names))}")
+    parser.add_argument("--out", type=Path, help="write the figures as JSON, after each case")
+    parser.add_argument("--shape", choices=SHAPES, default="llama-8b")
+    parser.add_argument("--tiny", action="store_true", help="run everything in a minute, without meaning")
     parser.add_argument("--steps", type=int, default=8, help="timed steps of each case")
     parser.add_argument("--warmup", type=int, default=4, help="steps before the timed ones (compilation)")
     parser.add_argument("--tokens", type=int, default=1024, help="tokens a row")
-    parser.add_argument("--verbose", action="store_true", help="print the traceback of a rival that fails")
-    parser.add_argument(
-        "--only", nargs="*", default=[], help="parts of case names, and `rival`, `callbacks`, `load`; default: all"
-    )
+    parser.add_argument("--profile", type=int, default=0, metavar="STEPS", help="list the kernels of this many steps")
+    parser.add_argument("--strict", action="store_true", help="stop at a case that fails")
     args = parser.parse_args(argv)
-    args.shape = "tiny" if args.tiny else "llama-8b"
+    unknown = sorted(set(args.cases) - set(names))
+    if unknown:
+        parser.error(f"there is no case {unknown[0]!r}; there are {', '.join(map(repr, names))}")
     if args.tiny:
-        args.tokens, args.steps, args.warmup = 16, 2, 1
+        args.shape, args.tokens, args.steps, args.warmup = "tiny", 16, 2, 1
     return args
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -366,6 +367,13 @@ def _build(model: Any, lora: Any, dtype: str, model_kwargs: dict[str, Any]) -> A
 def _load(name: str, dtype: str, model_kwargs: dict[str, Any]) -> Any:
     from transformers import AutoModelForCausalLM
 
+    from lightning_cl.strategies.loading import can_be_mapped, load_mapped
+
+    # A folder's weights stay in their files until a strategy takes them to its device, so that the processes of a node
+    # share them.
+    if can_be_mapped(name, model_kwargs):
+        with contextlib.suppress(MisconfigurationException):
+            return load_mapped(name, dtype, **model_kwargs)
     try:
         return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **model_kwargs)
     except (OSError, ValueError) as error:

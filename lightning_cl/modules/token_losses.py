@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,12 +14,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_cl.anatomy import logit_transform
+from lightning_cl.functional.token_cross_entropy import CHUNK_ELEMENTS, token_cross_entropy
+
 IGNORE_INDEX = -100
 # What a batch may hold besides the model's own inputs.
 _NOT_INPUTS = frozenset(
     {"labels", "loss_weight", "metric", "reference", "reference_length", "row", "options", "option_ids", "option_mask"}
     | {"answer_index"}
 )
+
+# Models whose logits are, or are not, what `logit_transform` makes of their head's output.
+_KNOWN_LOGITS: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_UNKNOWN_LOGITS: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 @dataclass
@@ -90,6 +98,11 @@ def token_losses(model: nn.Module, batch: Mapping[str, Any], targets: TokenTarge
     if accepts(model, "use_cache"):
         # A cache is of no use here, and with one the library does not tell the segments of a packed batch apart.
         inputs.setdefault("use_cache", False)
+    head = _large_head(model, len(targets.targets))
+    if head is not None:
+        losses = _losses_in_chunks(model, head, inputs, targets)
+        if losses is not None:
+            return losses
     logits = logits_at(model, inputs, targets.mask)
     return F.cross_entropy(logits.float(), targets.targets, reduction="none")
 
@@ -109,6 +122,58 @@ def output_at(model: nn.Module, inputs: Mapping[str, Any], mask: Tensor, **optio
     logits = output.logits
     # A head that the hook did not reach (a compiled model, an unusual one) gave logits everywhere.
     return (logits[mask] if logits.shape[:2] == mask.shape else logits.flatten(0, 1)), output
+
+
+def _large_head(model: Any, tokens: int) -> nn.Linear | None:
+    """The head, if its logits at ``tokens`` positions are too many to hold at once and it can be applied in chunks."""
+    head = None if _is_compiled(model) else model.get_output_embeddings()
+    if type(head) is not nn.Linear or tokens * head.out_features <= CHUNK_ELEMENTS or model in _UNKNOWN_LOGITS:
+        return None
+    return head
+
+
+def _losses_in_chunks(
+    model: nn.Module, head: nn.Linear, inputs: Mapping[str, Any], targets: TokenTargets
+) -> Tensor | None:
+    """The losses, computed where the head is called (a sharded weight is whole there); None if that cannot be known."""
+    transform = logit_transform(model)
+    found: list[Tensor] = []
+
+    def apply(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        hidden = args[0] if args and isinstance(args[0], Tensor) else None
+        if hidden is None or hidden.shape[:-1] != targets.mask.shape or not _is_whole(head):
+            return None
+        found.append(
+            token_cross_entropy(
+                hidden[targets.mask], targets.targets, head.weight, head.bias, logit_transform=transform
+            )
+        )
+        if model not in _KNOWN_LOGITS:
+            found.append(_transformed(F.linear(hidden[:1, :1], head.weight, head.bias).detach(), transform))
+        # What the model goes on with is not used.
+        return (hidden[:1, :1], *args[1:])
+
+    handle = head.register_forward_pre_hook(apply)
+    try:
+        logits = model(**inputs).logits
+    finally:
+        handle.remove()
+    if not found:
+        return F.cross_entropy(logits[targets.mask].float(), targets.targets, reduction="none")
+    if len(found) == 2:
+        # A family may do to its logits what nobody here knows of: its own ones decide, once.
+        known = torch.allclose(found[1], logits.detach().float(), rtol=0.02, atol=0.02)
+        (_KNOWN_LOGITS if known else _UNKNOWN_LOGITS).add(model)
+    return found[0] if model in _KNOWN_LOGITS else None
+
+
+def _transformed(logits: Tensor, transform: Callable[[Tensor], Tensor] | None) -> Tensor:
+    return logits.float() if transform is None else transform(logits.float())
+
+
+def _is_whole(head: nn.Linear) -> bool:
+    # A trained head that is a group of its own is gathered again only for its own output's backward pass.
+    return type(head.weight) is nn.Parameter and not (head.weight.requires_grad and hasattr(head, "reshard"))
 
 
 def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,11 +9,14 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_cl.anatomy import pretrained_model
 
-_FLAG = "_lightning_cl_checkpointed"
+_FLAG = "_lightning_cl_prepared"
+# What Hugging Face models call the keys and values of earlier tokens, in the versions that are supported.
+_CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")
+_VARIANTS = 64
 
 
 def find_shard_blocks(
@@ -61,42 +64,68 @@ def find_shard_blocks(
     return _biggest_list(parts)
 
 
-def enable_activation_checkpointing(module: nn.Module) -> None:
-    """Recompute each block's activations in the backward pass (once per module, however often it is asked)."""
-    if module.__dict__.get(_FLAG):
-        return
-    model = pretrained_model(module)
-    if model is not None and getattr(model, "supports_gradient_checkpointing", False):
-        # Its own switch also turns off the cache of keys and values, which a second pass would fill twice.
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    else:
-        for name in find_shard_blocks(module):
-            block = module.get_submodule(name)
-            block.forward = _recomputed(block, block.forward)
-    module.__dict__[_FLAG] = True
+def prepare_blocks(module: nn.Module, blocks: list[str], recompute: bool = False, compile: bool = False) -> None:
+    """Replace the blocks' ``forward`` (names and hooks stay); harmless when it is asked again.
 
+    Hooks of FSDP and of callbacks on a block run around the new forward, in Python.
 
-def compile_blocks(module: nn.Module) -> None:
-    """``torch.compile`` each block's ``forward`` in place (names stay; equal blocks are compiled once).
-
-    The hooks of FSDP and of callbacks on a block run around the compiled forward, in Python.
+    Args:
+        module: any module.
+        blocks: names of its blocks.
+        recompute: keep only a block's input for the backward pass, which runs the block once more.
+        compile: ``torch.compile`` each block; equal blocks share the code. Together with ``recompute``, what the
+            backward pass does not need (a block's last product) is not computed again.
     """
-    for name in find_shard_blocks(module):
+    if compile:
+        # torch counts the variants of one code, and all blocks share it: other shapes, with and without gradients,
+        # adapters on and off. Beyond the limit it would go on uncompiled.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VARIANTS)
+    for name in blocks:
         block = module.get_submodule(name)
-        if not hasattr(block.forward, "_torchdynamo_orig_callable"):
-            block.forward = torch.compile(block.forward)
+        original, was = block.__dict__.get(_FLAG, (block.forward, (False, False)))
+        if was != (recompute, compile):
+            block.forward = _prepared(block, original, recompute, compile) if recompute or compile else original
+            block.__dict__[_FLAG] = original, (recompute, compile)
 
 
-def _recomputed(block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+def _prepared(block: nn.Module, forward: Callable[..., Any], recompute: bool, compile: bool) -> Callable[..., Any]:
+    train = _recomputed(forward) if recompute else forward
+    evaluate = forward
+    if compile:
+        train, evaluate = torch.compile(train), torch.compile(forward)
+
+    @functools.wraps(evaluate)
+    def prepared(*args: Any, **kwargs: Any) -> Any:
+        if not (block.training and torch.is_grad_enabled()):
+            # Generation grows its cache layer by layer and token by token: each would be a variant of its own.
+            return (forward if _caches(kwargs) else evaluate)(*args, **kwargs)
+        # Training has no use for the cache that Hugging Face models make unasked; a second pass would fill it twice.
+        empty = dict.fromkeys(name for name, cache in _caches(kwargs).items() if recompute or _is_empty(cache))
+        if _caches({**kwargs, **empty}):
+            return forward(*args, **kwargs)
+        if compile and args and isinstance(args[0], Tensor) and args[0].is_floating_point():
+            # The first block's input has no gradient where the embedding is frozen: a variant for one block's sake.
+            args = (args[0] if args[0].requires_grad else args[0].detach().requires_grad_(), *args[1:])
+        return train(*args, **{**kwargs, **empty, **({"use_cache": False} if "use_cache" in kwargs else {})})
+
+    return prepared
+
+
+def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
     from torch.utils.checkpoint import checkpoint
 
-    @functools.wraps(forward)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        if block.training and torch.is_grad_enabled():
-            return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-        return forward(*args, **kwargs)
+    def recomputed(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
-    return wrapped
+    return recomputed
+
+
+def _caches(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: kwargs[name] for name in _CACHES if kwargs.get(name) is not None}
+
+
+def _is_empty(cache: Any) -> bool:
+    return hasattr(cache, "get_seq_length") and cache.get_seq_length() == 0
 
 
 def _biggest_list(parts: dict[str, nn.Module]) -> list[str]:

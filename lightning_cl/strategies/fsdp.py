@@ -25,7 +25,7 @@ from lightning_cl import weights
 from lightning_cl.distributed import gather_objects
 from lightning_cl.strategies import checks, config, evaluation, sharding, shards
 from lightning_cl.strategies.background import BackgroundCheckpointIO
-from lightning_cl.strategies.blocks import compile_blocks, enable_activation_checkpointing, find_shard_blocks
+from lightning_cl.strategies.blocks import find_shard_blocks, prepare_blocks
 from lightning_cl.strategies.checkpoint import AtomicCheckpointIO, CheckpointContents, load_checkpoint
 from lightning_cl.strategies.config import QuantizationConfig
 from lightning_cl.strategies.files import aside
@@ -219,10 +219,7 @@ class CLFSDPStrategy(ModelParallelStrategy):
         mixed = str(self.precision_plugin.precision).endswith("-mixed")
         blocks = find_shard_blocks(module, self.blocks, self.min_parameters)
         checks.raise_together(checks.groups(module, blocks, converted=not mixed and dtype is not torch.float32))
-        if self.activation_checkpointing:
-            enable_activation_checkpointing(module)
-        if self.compile_blocks:
-            compile_blocks(module)
+        prepare_blocks(module, blocks, self.activation_checkpointing, self.compile_blocks)
         probe: Any = None
 
         def before_block(name: str) -> None:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ def load_mapped(folder: str | Path, dtype: str | torch.dtype = "auto", **kwargs:
         MisconfigurationException: if a parameter is not in the files under its own name, or the model is quantized.
     """
     from safetensors import safe_open
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     folder = Path(folder)
     files = weight_files(folder)
@@ -83,7 +83,22 @@ def load_mapped(folder: str | Path, dtype: str | torch.dtype = "auto", **kwargs:
                 part._buffers[key] = buffer.to(buffers)
     model.config._name_or_path = str(folder)
     model.config.dtype = buffers
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
+
+
+def can_be_mapped(name: str | Path, kwargs: Mapping[str, Any]) -> bool:
+    """Whether :func:`load_mapped` could take the place of ``from_pretrained(name, **kwargs)``.
+
+    >>> can_be_mapped("owner/model", {})
+    False
+    """
+    return (
+        any(Path(name).glob("*.safetensors"))
+        and (Path(name) / "config.json").is_file()
+        and kwargs.keys() <= {"attn_implementation"}
+    )
 
 
 @contextmanager

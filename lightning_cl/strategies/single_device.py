@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from lightning_cl.strategies import checks, config
 from lightning_cl.strategies.background import BackgroundCheckpointIO
-from lightning_cl.strategies.blocks import compile_blocks, enable_activation_checkpointing
+from lightning_cl.strategies.blocks import find_shard_blocks, prepare_blocks
 from lightning_cl.strategies.checkpoint import AtomicCheckpointIO, CheckpointContents, load_checkpoint
 from lightning_cl.strategies.config import QuantizationConfig
 from lightning_cl.strategies.quantization import adopted, quantize
@@ -117,10 +117,7 @@ class CLSingleDeviceStrategy(SingleDeviceStrategy):
         self.contents.prepare(module)
         if self.quantization is not None or adopted(module):
             quantize(module, self.quantization, self.root_device, checks.compute_dtype(self.precision_plugin))
-        if self.activation_checkpointing:
-            enable_activation_checkpointing(module)
-        if self.compile_blocks:
-            compile_blocks(module)
+        prepare_blocks(module, find_shard_blocks(module), self.activation_checkpointing, self.compile_blocks)
         super().setup(trainer)
 
     @override
