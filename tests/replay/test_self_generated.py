@@ -69,6 +69,12 @@ def test_per_task_anchors(tmp_path: Path) -> None:
     assert initial != previous
 
 
+@pytest.mark.parametrize("shown", [True, False])
+def test_a_bar_shows_the_progress_where_the_trainer_has_one(tmp_path: Path, capsys: Any, shown: bool) -> None:
+    fit(tmp_path, PlainLM(tiny_llama()), SelfGenerated(8, 12), enable_progress_bar=shown)
+    assert ("Generating 8 rows" in capsys.readouterr().err) is shown
+
+
 def test_full_fine_tuning_keeps_the_initial_weights(tmp_path: Path) -> None:
     source = SelfGenerated(4, 12)
     mixer = ReplayMixer(source, rows_per_batch=2)
