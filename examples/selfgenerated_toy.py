@@ -47,9 +47,9 @@ class Size:
     layers: int = 2
     digits: int = 2
     steps: int = 1500
-    batch: int = 256
-    rate: float = 3e-3
-    pool: int = 4096
+    batch: int = 1024
+    rate: float = 2e-3
+    pool: int = 16384
     weight: float = 4.0
 
 
@@ -181,7 +181,7 @@ def replay(size: Size, objective: str, seed: int, prompts: Any = "past_tasks") -
         anchor="auto",
         on_eos="stop",
         parser=grammatical if prompts == "past_tasks" else None,
-        batch_size=size.pool,
+        batch_size=min(size.pool, 4096),
         seed=seed,
     )
     mixer = ReplayMixer(source, rows_per_batch=max(1, size.batch // 2), layout="joined")
@@ -360,6 +360,7 @@ def main(arguments: list[str] | None = None) -> Any:
     parser.add_argument("--out", type=Path, default=None, help="JSON file to write; the plot goes beside it")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=None, help="steps a task")
+    parser.add_argument("--digits", type=int, default=None, help="digits of a number (default: 2)")
     parser.add_argument("--method", choices=METHODS, default=None, help="only this one of the sequence (default: all)")
     parser.add_argument("--device", default="auto", help="Lightning's accelerator")
     parser.add_argument("--tiny", action="store_true", help="seconds on a CPU, to check the script")
@@ -367,8 +368,8 @@ def main(arguments: list[str] | None = None) -> Any:
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     size = TINY if options.tiny else Size()
-    if options.steps is not None:
-        size = Size(**{**vars(size), "steps": options.steps})
+    given = {name: getattr(options, name) for name in ("steps", "digits") if getattr(options, name) is not None}
+    size = Size(**{**vars(size), **given})
     common = (size, options.seed, options.device)
     result: Any
     if options.study == "sequence":
