@@ -64,9 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--adapter", default="default", help="which adapter of the checkpoint (default: %(default)s)")
     parser.add_argument(
         "--weights",
-        choices=("trained", "slow"),
-        default="trained",
-        help="the trained weights, or the slow weights of LoRAInterpolator (default: %(default)s)",
+        choices=("evaluated", "trained", "slow"),
+        default="evaluated",
+        help="the set that the run evaluates, the trained weights, or LoRAInterpolator's slow ones (default: %(default)s)",
     )
     return parser
 

@@ -20,6 +20,8 @@ from lightning_cl.strategies.files import write_atomically
 from lightning_cl.strategies.merging import merge_into, whole_tensors
 from lightning_cl.strategies.record import named_parameters, saved_names
 
+Which = Literal["evaluated", "trained", "slow"]
+
 __all__ = ["export_adapter", "export_checkpoint", "load_for_inference", "merge"]
 
 
@@ -66,7 +68,7 @@ def export_checkpoint(
     checkpoint: str | Path,
     folder: str | Path,
     adapter_name: str = "default",
-    weights: Literal["trained", "slow"] = "trained",
+    weights: Which = "evaluated",
 ) -> Path:
     """Write the adapter of a checkpoint of ours as a standard PEFT folder, without building the model.
 
@@ -74,7 +76,8 @@ def export_checkpoint(
         checkpoint: a checkpoint of ``cl_single_device`` or ``cl_fsdp``, file or folder.
         folder: where to write.
         adapter_name: which adapter.
-        weights: ``"slow"`` takes the slow weights of a ``LoRAInterpolator``.
+        weights: ``"evaluated"``: those that the run evaluates, the slow ones if a ``LoRAInterpolator`` said so;
+            ``"trained"`` or ``"slow"`` name the set.
 
     Raises:
         MisconfigurationException: as :func:`export_adapter`, or if the checkpoint is not one of ours.
@@ -85,7 +88,8 @@ def export_checkpoint(
         contents["adapters"],
         _chosen(contents, weights, checkpoint),
         adapter_name,
-        note=f"Exported from step {contents['step']} of the run that wrote `{Path(checkpoint).name}` ({weights} weights).",
+        note=f"Exported from step {contents['step']} of the run that wrote `{Path(checkpoint).name}`"
+        f" ({_set(contents, weights)} weights).",
     )
     return Path(folder)
 
@@ -95,7 +99,7 @@ def merge(
     base: str | Path | None,
     folder: str | Path,
     adapter_name: str = "default",
-    weights: Literal["trained", "slow"] = "trained",
+    weights: Which = "evaluated",
 ) -> Path:
     """Write a whole model: the full-precision base from disk with the adapter merged into it, file by file.
 
@@ -107,7 +111,7 @@ def merge(
         base: folder of the full-precision base with safetensors files; None takes the one the checkpoint names.
         folder: where to write.
         adapter_name: which adapter of a checkpoint.
-        weights: which weights of a checkpoint.
+        weights: which weights of a checkpoint, as in :func:`export_checkpoint`.
 
     Returns:
         The folder, which ``AutoModelForCausalLM.from_pretrained`` loads.
@@ -129,7 +133,8 @@ def merge(
         _, digests = split(contents["fingerprint"], adapters["prefix"], adapter_name, adapters["configs"])
         result = merge_into(base, folder, mine, config, weights=rest, fingerprint=digests)  # type: ignore[arg-type]
         note = (
-            f"Step {contents['step']} of the run that wrote `{source.name}` ({weights} weights), merged into its base."
+            f"Step {contents['step']} of the run that wrote `{source.name}` ({_set(contents, weights)} weights), merged"
+            " into its base."
         )
     _write_card(result, base, config, note, merged=True)
     return result
@@ -139,7 +144,7 @@ def load_for_inference(
     checkpoint: str | Path,
     base: str | Path | None = None,
     adapter_name: str = "default",
-    weights: Literal["trained", "slow"] = "trained",
+    weights: Which = "evaluated",
     **model_kwargs: Any,
 ) -> Any:
     """A checkpoint of ours as a Hugging Face model in evaluation mode.
@@ -148,7 +153,8 @@ def load_for_inference(
         checkpoint: a checkpoint of ``cl_single_device`` or ``cl_fsdp``, file or folder.
         base: folder or name of the base; None takes the one that the run used.
         adapter_name: which adapter.
-        weights: ``"slow"`` takes the slow weights of a ``LoRAInterpolator``.
+        weights: ``"evaluated"``: those that the run evaluates, the slow ones if a ``LoRAInterpolator`` said so;
+            ``"trained"`` or ``"slow"`` name the set.
         **model_kwargs: of ``from_pretrained``, such as ``dtype`` or ``device_map``.
 
     Returns:
@@ -260,22 +266,29 @@ def _read(checkpoint: str | Path) -> dict[str, Any]:
             f"{checkpoint} is no checkpoint of `cl_single_device` or `cl_fsdp`: it does not say which adapters it holds."
             " Resume from it under one of these strategies and save it anew."
         )
-    callbacks = loaded.get("callbacks", {})
-    slow = next(
-        (s["slow"] for s in callbacks.values() if isinstance(s, dict) and isinstance(s.get("slow"), dict)), None
+    average = next(
+        (s for s in loaded.get("callbacks", {}).values() if isinstance(s, dict) and isinstance(s.get("slow"), dict)), {}
     )
+    # Between two tasks the trained weights are the evaluated ones, whichever set that is.
+    in_task = average.get("clock", {}).get("in_task", False)
     return {
         "adapters": metadata["adapters"],
         "fingerprint": metadata["base_fingerprint"],
         "trained": {n: t for n, t in loaded["state_dict"].items() if n in set(metadata["saved"])},
-        "slow": slow,
+        "slow": average.get("slow"),
+        "evaluated": "slow" if in_task and average.get("evaluate_with") == "slow" else "trained",
         "step": loaded.get("global_step"),
     }
 
 
-def _chosen(contents: Mapping[str, Any], which: str, checkpoint: str | Path) -> dict[str, Tensor]:
+def _set(contents: Mapping[str, Any], which: Which) -> str:
+    """The set of weights that is meant, by its own name."""
+    return str(contents["evaluated"]) if which == "evaluated" else which
+
+
+def _chosen(contents: Mapping[str, Any], which: Which, checkpoint: str | Path) -> dict[str, Tensor]:
     trained = whole_tensors(contents["trained"])
-    if which == "trained":
+    if _set(contents, which) == "trained":
         return trained
     if contents["slow"] is None:
         raise MisconfigurationException(

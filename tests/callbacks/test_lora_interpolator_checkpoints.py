@@ -258,20 +258,51 @@ def test_a_checkpoint_of_another_model_is_named(tmp_path: Path) -> None:
         trainer.validate(bare, models.loader(rows=4), ckpt_path=tmp_path / "mid.ckpt", weights_only=True)
 
 
-def test_a_checkpoint_of_our_strategies_gives_either_set(tmp_path: Path) -> None:
+@pytest.mark.parametrize("evaluate_with", ["slow", "fast"])
+def test_a_checkpoint_of_our_strategies_gives_either_set_and_as_a_rule_the_evaluated_one(
+    tmp_path: Path, evaluate_with: str
+) -> None:
     from peft import PeftModel
 
     from lightning_cl.commands import export
+    from lightning_cl.strategies.export import load_for_inference
 
-    module, callback = make_module(), Recorder(decay=0.5, consistency_weight=0)
+    base = tmp_path / "base"
+    models.tiny_llama().save_pretrained(base)
+    module, callback = make_module(), Recorder(decay=0.5, consistency_weight=0, evaluate_with=evaluate_with)
     saver = ModelCheckpoint(tmp_path, filename="mid", every_n_train_steps=2)
     fit(tmp_path, module, [callback, saver], strategy="cl_single_device", enable_checkpointing=True, max_steps=3)
-    state = torch.load(tmp_path / "mid.ckpt", weights_only=True)["callbacks"]["Recorder"]
+    path = tmp_path / "mid.ckpt"
+    slow = torch.load(path, weights_only=True)["callbacks"]["Recorder"]["slow"]
+    sets = {"slow": slow, "trained": callback.fast[1]}
+    sets["evaluated"] = sets["slow" if evaluate_with == "slow" else "trained"]
     module.eval()
     batch = next(iter(models.loader(rows=4, seed=9)))
-    for which, wanted in (("slow", state["slow"]), ("trained", callback.fast[1])):
+    for which, wanted in sets.items():
         folder = tmp_path / which
-        assert export.main([str(tmp_path / "mid.ckpt"), "--out", str(folder), "--weights", which]) == 0
-        loaded = PeftModel.from_pretrained(models.tiny_llama(), folder).eval()
+        choice = [] if which == "evaluated" else ["--weights", which]
+        assert export.main([str(path), "--out", str(folder), *choice]) == 0
+        loaded = [PeftModel.from_pretrained(models.tiny_llama(), folder).eval()]
+        loaded.append(load_for_inference(path, base, **({} if which == "evaluated" else {"weights": which})))
         with torch.no_grad(), weights.swapped(module, wanted):
-            torch.testing.assert_close(loaded(**batch).logits, module.model(**batch).logits)
+            expected = module.model(**batch).logits
+        for network in loaded:
+            with torch.no_grad():
+                torch.testing.assert_close(network(**batch).logits, expected)
+    assert (
+        f"({'slow' if evaluate_with == 'slow' else 'trained'} weights)"
+        in (tmp_path / "evaluated/README.md").read_text()
+    )
+
+
+def test_a_checkpoint_of_a_task_s_end_holds_the_evaluated_set_in_both_places(tmp_path: Path) -> None:
+    from lightning_cl.strategies.export import export_checkpoint
+
+    module, callback = make_module(), LoRAInterpolator(decay=0.5, consistency_weight=0)
+    trainer = fit(tmp_path, module, [callback], strategy="cl_single_device")
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    files = [
+        export_checkpoint(tmp_path / "end.ckpt", tmp_path / which, weights=which) for which in ("evaluated", "slow")
+    ]
+    first, second = (folder / "adapter_model.safetensors" for folder in files)
+    assert first.read_bytes() == second.read_bytes()
