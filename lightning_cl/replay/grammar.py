@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,8 +22,8 @@ class RowGrammar:
 
     All rows share a beginning (the task's instruction). Where a row says which of its tokens are the answer (the only
     ones with a label, or those with ``loss_weight`` 1 after others with less), the prompts share an ending too
-    ("Answer:"), and if the answers are few, they are a choice. A row of this form begins like the others, has the
-    prompts' ending before its answer, and gives an answer that has been seen where they are a choice.
+    ("Answer:"), and if the answers are few, they are a choice. A row of this form begins like the others, has a prompt no
+    shorter than theirs, the prompts' ending before its answer, and an answer that has been seen where they are a choice.
 
     Example:
         >>> grammar = RowGrammar()
@@ -40,6 +40,7 @@ class RowGrammar:
         self._beginning: list[int] | None = None
         self._ending: list[int] | None = None  # the last token first
         self._answers: set[tuple[int, ...]] = set()
+        self._shortest: int | None = None  # prompt, in tokens
         # False once a row did not say which tokens are its answer.
         self._answered = True
 
@@ -63,6 +64,7 @@ class RowGrammar:
             self._answered = False
             return
         self._ending = _shared(self._ending, tokens[:start][::-1])
+        self._shortest = start if self._shortest is None else min(start, self._shortest)
         if len(self._answers) <= _MOST_ANSWERS:
             self._answers.add(tuple(tokens[start:]))
 
@@ -76,6 +78,7 @@ class RowGrammar:
         self._beginning = _shared(self._beginning, other._beginning)
         self._ending = _shared(self._ending, other._ending)
         self._answers |= other._answers
+        self._shortest = min((n for n in (self._shortest, other._shortest) if n is not None), default=None)
         self._answered = self._answered and other._answered
 
     def accepts(self, tokens: Sequence[int]) -> bool:
@@ -83,13 +86,15 @@ class RowGrammar:
         begin, found = self.beginning, list(tokens)
         if found[: len(begin)] != begin:
             return False
-        if not self._answered or self._ending is None:
+        if not self._answered or self._ending is None or self._shortest is None:
             return True
-        ending, rest = self._ending[::-1], found[len(begin) :]
-        if not 0 < len(self._answers) <= min(_MOST_ANSWERS, self.rows // 4):
-            return any(rest[i : i + len(ending)] == ending for i in range(len(rest) - len(ending)))
-        ends: Iterable[list[int]] = (ending + list(answer) for answer in self._answers)
-        return any(found[-len(end) :] == end for end in ends)
+        if 0 < len(self._answers) <= min(_MOST_ANSWERS, self.rows // 4):
+            starts = [len(found) - len(answer) for answer in self._answers if tuple(found[-len(answer) :]) == answer]
+        else:
+            starts = list(range(len(found)))
+        ending = self._ending[::-1]
+        first = max(self._shortest, len(begin) + len(ending))
+        return any(start >= first and found[start - len(ending) : start] == ending for start in starts)
 
     def state_dict(self) -> dict[str, Any]:
         """All of it, in plain types."""
@@ -98,6 +103,7 @@ class RowGrammar:
             "beginning": self._beginning,
             "ending": self._ending,
             "answers": sorted(self._answers),
+            "shortest": self._shortest,
             "answered": self._answered,
         }
 
@@ -108,6 +114,7 @@ class RowGrammar:
         grammar.rows, grammar._answered = state["rows"], state["answered"]
         grammar._beginning, grammar._ending = state["beginning"], state["ending"]
         grammar._answers = {tuple(answer) for answer in state["answers"]}
+        grammar._shortest = state["shortest"]
         return grammar
 
 

@@ -37,12 +37,13 @@ def test_a_choice_of_answers(how: str) -> None:
     grammar = learnt(how)
     assert grammar.beginning == [1, 5]
     assert grammar.accepts([1, 5, 99, 98, 97, MARK, NO, END])
-    assert grammar.accepts([1, 5, MARK, YES, END])
+    assert grammar.accepts([1, 5, 99, MARK, YES, END])
     for broken in (
         [1, 5, 99, MARK, 62, END],  # an answer that is none
         [1, 5, 99, YES, END],  # no marker
         [1, 5, 99, MARK, YES],  # no end
-        [1, 5, MARK, YES, END, 99],
+        [1, 5, 99, MARK, YES, END, 99],
+        [1, 5, MARK, YES, END],  # no input at all
         [1, 6, 99, MARK, YES, END],  # another instruction
         [MARK, YES, END],
     ):
@@ -54,6 +55,16 @@ def test_free_answers_need_only_the_marker() -> None:
     assert grammar.accepts([1, 5, 99, MARK, 7, 8, 9, END])
     assert not grammar.accepts([1, 5, 99, 7, 8, 9, END])
     assert not grammar.accepts([1, 5, 99, MARK])  # nothing after it
+
+
+def test_prompts_without_a_common_ending() -> None:
+    grammar = RowGrammar()
+    for i in range(8):
+        ids = torch.tensor([1, 5, 20 + i, YES, END])
+        grammar.learn({"input_ids": ids, "labels": torch.where(torch.arange(5) > 2, ids, -100)})
+    assert grammar.accepts([1, 5, 99, YES, END])
+    assert not grammar.accepts([1, 5, YES, END])
+    assert not grammar.accepts([1, 5, 99, NO, END])
 
 
 @pytest.mark.parametrize("how", ["all tokens", "no labels"])
