@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One run of the comparison: a method, an order and a seed; its result and what it cost."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import statistics
+import time
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import compare_data
+import lightning.pytorch as pl
+import torch
+import yaml
+
+from lightning_cl import CausalLMModule, Task, TaskStream, fit_stream
+from lightning_cl.callbacks import RLSRouterFitter
+from lightning_cl.data import Collator, Encoder
+from lightning_cl.metrics import TaskMatrix
+from lightning_cl.report import results
+from lightning_cl.report.provenance import provenance
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: what decides its result, and where that goes.
+
+    Attributes:
+        config: the YAML's content.
+        method: name of the method.
+        order: name of the order.
+        seed: of the adapter's first weights, the order of the rows and what methods draw.
+        out: folder of all results.
+        rows: file of the encoded rows.
+        settings: the method's own settings.
+        max_steps: steps of each task; None: the recipe's epochs.
+        jobs: processes that share the device with this one; wall times are no costs then.
+        commit: the commit, where the folder is no git repository.
+    """
+
+    config: dict[str, Any] = field(repr=False)
+    method: str
+    order: str
+    seed: int
+    out: Path
+    rows: Path
+    settings: dict[str, Any]
+    max_steps: int | None = None
+    jobs: int = 1
+    commit: str | None = None
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """The method as the YAML has it."""
+        return self.config["methods"][self.method]
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The shared recipe with the method's own settings in it."""
+        return {**self.config["recipe"], **self.settings}
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks in their order."""
+        return self.config["orders"][self.order]
+
+    @property
+    def folder(self) -> Path:
+        """Where the result goes."""
+        return self.out / self.order / self.method / f"seed_{self.seed}"
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the result is there and whole."""
+        try:
+            return "comparison" in json.loads((self.folder / f"{results.STEM}.json").read_text())
+        except (OSError, ValueError):
+            return False
+
+
+class Costs(pl.Callback):
+    """Where a run's time goes; the first of the callbacks, so that the others' work lies between its hooks.
+
+    Attributes:
+        by_stage: seconds by stage and phase: ``prepare_seconds`` (before a task's first step: rows made, references
+            taken), ``train_seconds``, ``finish_seconds`` (after its last step: a router fitted), ``evaluation_seconds``.
+        step_seconds: of each training step but a task's first three.
+        tokens: tokens, padding included, that went through the network in training steps, reference passes included.
+        peak_bytes: most memory of the device in use between a task's set-up and its last step.
+    """
+
+    def __init__(self) -> None:
+        self.by_stage: dict[int, dict[str, float]] = {}
+        self.step_seconds: list[float] = []
+        self.steps = self.tokens = self.peak_bytes = 0
+        self._last = self._began = 0.0
+        self._phase: str | None = None
+        self._stage = -1
+        self._hook: Any = None
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """The sum over the stages, by phase."""
+        names = ("prepare_seconds", "train_seconds", "finish_seconds", "evaluation_seconds")
+        return {name: sum(stage.get(name, 0.0) for stage in self.by_stage.values()) for name in names}
+
+    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        if stage == "fit" and torch.cuda.is_initialized():
+            torch.cuda.reset_peak_memory_stats()
+        stream = trainer.datamodule
+        self._stage = stream.current_index if stage == "fit" else stream.stage
+        self._enter("prepare" if stage == "fit" else "evaluation")
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._hook = pl_module.model.get_input_embeddings().register_forward_pre_hook(self._count)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if self._phase == "prepare":
+            self._enter("train")
+            self._began = trainer.global_step
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        now = time.perf_counter()
+        if trainer.global_step - self._began > 3:
+            self.step_seconds.append(now - self._last)
+        self._last = now
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self.steps += trainer.global_step
+        self.by_stage[self._stage]["steps"] = float(trainer.global_step)
+        self._enter("finish")
+        if torch.cuda.is_initialized():
+            self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated())
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._hook.remove()
+        self._enter(None)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        self._enter(None)
+
+    def _count(self, module: Any, args: tuple[Any, ...]) -> None:
+        if self._phase == "train":
+            self.tokens += args[0].numel()
+
+    def _enter(self, phase: str | None) -> None:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        if self._phase is not None:
+            cost = self.by_stage.setdefault(self._stage, {})
+            cost[f"{self._phase}_seconds"] = cost.get(f"{self._phase}_seconds", 0.0) + now - self._entered
+        self._phase, self._entered = phase, now
+
+
+def build(spec: Any, settings: dict[str, Any]) -> Any:
+    """The objects that a part of the YAML describes; ``$name`` is the setting of that name."""
+    if isinstance(spec, str) and spec.startswith("$"):
+        return settings[spec[1:]]
+    if isinstance(spec, list):
+        return [build(item, settings) for item in spec]
+    if isinstance(spec, dict) and "class_path" in spec:
+        module, _, name = spec["class_path"].rpartition(".")
+        arguments = {key: build(value, settings) for key, value in spec.get("init_args", {}).items()}
+        return getattr(importlib.import_module(module), name)(**arguments)
+    return spec
+
+
+def make_encoder(config: dict[str, Any], tokenizer: Any) -> Encoder:
+    """The encoder of the recipe."""
+    recipe = config["recipe"]
+    return Encoder(tokenizer, recipe["max_length"], recipe["template"], "left", recipe.get("prompt_loss_weight", 0.0))
+
+
+def make_stream(job: Job, rows: dict[str, Any], pad_token_id: int) -> TaskStream:
+    """The tasks and probes; for the upper bound one task of all rows, beside which the tasks are probes."""
+    probes = [Task(name, test=test, role="probe", metric=metric) for name, (metric, test) in rows["probes"].items()]
+    if job.spec.get("joint"):
+        together = [row for task in job.tasks for row in rows["train"][task]]
+        tasks = [Task("all", train=compare_data.shuffled(together, job.seed))]
+        tasks += [Task(task, test=rows["test"][task], role="probe", metric="accuracy") for task in job.tasks]
+    else:
+        tasks = [Task(t, train=rows["train"][t], test=rows["test"][t], metric="accuracy") for t in job.tasks]
+    recipe = job.recipe
+    return TaskStream(
+        [*tasks, *probes],
+        batch_size=recipe["batch_size"],
+        eval_batch_size=recipe["eval_batch_size"],
+        seed=job.seed,
+        collate_fn=Collator(pad_token_id),
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def make_model(recipe: dict[str, Any], model: str) -> CausalLMModule:
+    """The model with its adapter, and one optimizer kernel a step where there is such a kernel."""
+    fused = torch.cuda.is_available()
+    return CausalLMModule(
+        model,
+        lora=recipe["lora"],
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=recipe["lr"], weight_decay=0.0, fused=fused),
+        schedule=recipe["schedule"],
+        warmup=recipe["warmup"],
+        prompt_loss_weight=recipe.get("prompt_loss_weight", 0.0),
+        dtype="bfloat16" if recipe["precision"].startswith("bf16") else "float32",
+    )
+
+
+def run_one(job: Job) -> dict[str, Any]:
+    """Train and evaluate one method on one order with one seed, and write its result."""
+    warnings.filterwarnings("ignore", message=".*(num_workers|many workers|log_every_n_steps|is missing|empty).*")
+    pl.seed_everything(job.seed, verbose=False)
+    began = time.perf_counter()
+    recipe = job.recipe
+    rows = torch.load(job.rows, weights_only=False)
+    model = make_model(recipe, job.config["model"])
+    pad = Encoder(model.tokenizer).pad_token_id
+    if recipe.get("prompt_loss_weight"):
+        # These rows learn their prompts too, so they are other rows.
+        encoder = make_encoder({**job.config, "recipe": recipe}, model.tokenizer)
+        rows["train"] = compare_data.load(job.config, job.tasks, encoder)["train"]
+    callbacks = build(job.spec.get("callbacks", []), job.settings)
+    costs = Costs()
+    trainer = pl.Trainer(
+        accelerator="auto",
+        devices=1,
+        strategy="cl_single_device",
+        precision=recipe["precision"],
+        max_epochs=-1 if job.max_steps else recipe["epochs"],
+        max_steps=job.max_steps or -1,
+        callbacks=[costs, *callbacks],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        log_every_n_steps=50,
+        default_root_dir=str(job.folder),
+    )
+    stream = make_stream(job, rows, pad)
+    setup_seconds = time.perf_counter() - began
+    matrix = fit_stream(trainer, model, stream)
+    if job.spec.get("joint"):
+        matrix = joint_matrix(stream, job.tasks)
+    generators = [source for callback in callbacks for source in getattr(callback, "sources", None) or []]
+    document = {
+        "method": job.method,
+        "order": job.order,
+        "tasks": job.tasks,
+        "seed": job.seed,
+        "settings": job.settings,
+        "recipe": job.config["recipe"],
+        "budget": "epochs" if job.max_steps is None else f"{job.max_steps} steps",
+        "jobs": job.jobs,
+        "files": rows["sha256"],
+        "cost": {
+            **costs.seconds,
+            "setup_seconds": setup_seconds,
+            "generation_seconds": sum(getattr(source, "seconds", 0.0) for source in generators),
+            "step_seconds": statistics.median(costs.step_seconds) if costs.step_seconds else None,
+            "steps": costs.steps,
+            "tokens": costs.tokens,
+            "generated_tokens": generated_tokens(generators, len(job.tasks)),
+            "peak_memory_bytes": costs.peak_bytes or None,
+            "disk_bytes": disk_bytes(callbacks),
+        },
+    }
+    made_by = provenance()
+    made_by = {**made_by, "commit": made_by["commit"] or job.commit}
+    routing = [callback.confusion.document() for callback in callbacks if isinstance(callback, RLSRouterFitter)]
+    parts = {
+        "comparison": document,
+        "provenance": made_by,
+        "costs": costs.by_stage,
+        "routing": next(iter(routing), None),
+    }
+    results.write(job.folder, matrix, parts)
+    (job.folder / "config.yaml").write_text(
+        yaml.safe_dump({job.method: job.spec, "recipe": recipe, "order": job.tasks})
+    )
+    return document
+
+
+def joint_matrix(stream: TaskStream, tasks: list[str]) -> TaskMatrix:
+    """The upper bound's scores as a row after the last task, so that its average stands beside the others'."""
+    probes = [task for task in stream.tasks if task.role == "probe" and task.name not in tasks]
+    matrix = TaskMatrix(
+        tasks=[*tasks, *(probe.name for probe in probes)],
+        roles={probe.name: "probe" for probe in probes},
+        modes={probe.name: probe.mode for probe in probes},
+        metrics={task.name: task.metric for task in stream.tasks if task.metric},
+    )
+    for (stage, name), cell in sorted(stream.cells.items()):
+        matrix.update(stage if stage < 0 else len(tasks) - 1, name, cell["value"], cell["rows"], cell.get("scores"))
+    return matrix
+
+
+def generated_tokens(sources: list[Any], tasks: int) -> int:
+    """Tokens that were sampled: a pool for each task, but of past tasks none for the first."""
+    made = [source for source in sources if hasattr(source, "pool_size")]
+    pools = [1 if source.refresh == "once" else tasks - source.holds_past_tasks for source in made]
+    return sum(source.pool_size * source.length * count for source, count in zip(made, pools, strict=True))
+
+
+def disk_bytes(callbacks: list[Any]) -> int:
+    """What a method adds to a checkpoint."""
+    states = {type(callback).__name__: callback.state_dict() for callback in callbacks}
+    file = io.BytesIO()
+    torch.save(states, file)
+    return file.tell()
