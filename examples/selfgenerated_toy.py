@@ -311,7 +311,7 @@ def run_rate(size: Size, seed: int, device: str, rates: tuple[float, ...]) -> li
 _AXES = {
     "width": "parameters",
     "tokens": "pre-training tokens a parameter",
-    "rate": "steps to the new task's score (labels: learning rate, seconds)",
+    "rate": "steps to one score on the new task\n(beside each point: learning rate, seconds with generation)",
 }
 
 
@@ -343,12 +343,14 @@ def plot(study: str, rows: list[dict[str, Any]], path: Path) -> None:
         points = [row for row in rows if row["replay"] == with_replay and row["x"] is not None]
         axes.plot([p["x"] for p in points], [p["forgetting"] for p in points], "o-", label=label)
         for point in points if study == "rate" else ():
-            note = f"{point['rate']:g}, {point['seconds']:.0f} s"
+            note = f" {point['rate']:g}, {point['seconds']:.2g} s"
             axes.annotate(note, (point["x"], point["forgetting"]), fontsize=6)
     # Forgetting spans decades, and with replay it can be below nothing.
     axes.set_yscale("symlog", linthresh=1e-2)
     axes.axhline(0, color="0.8", linewidth=0.8, zorder=0)
-    axes.set(xscale="log", xlabel=_AXES[study], ylabel="forgetting (nats a token)")
+    axes.set(
+        xscale="log", xlabel=_AXES[study], ylabel="forgetting of three tasks\nwhile the fourth is learnt (nats a token)"
+    )
     axes.legend()
     figure.savefig(path, dpi=150)
 
