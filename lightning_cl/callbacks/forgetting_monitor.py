@@ -2,46 +2,24 @@
 """Watches what a model forgets, from the metrics that Lightning logs anyway."""
 
 import re
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from typing_extensions import override
 
 from lightning_cl import weights
 from lightning_cl.callbacks.base import ContinualCallback
-from lightning_cl.distributed import gather_objects, raise_together, rank
-from lightning_cl.last_good import LastGood
-from lightning_cl.metrics import TaskMatrix, find_score
-from lightning_cl.metrics.loaders import LoaderNames, loader_count, loop_of, rows_of_loader
-from lightning_cl.metrics.lookup import label_of, logged_for
+from lightning_cl.distributed import raise_together, rank
+from lightning_cl.forgetting_limit import ForgettingLimit
+from lightning_cl.metrics import TaskMatrix
+from lightning_cl.metrics.loaders import LoaderNames, loader_count
+from lightning_cl.metrics.reading import ScoreReader
 from lightning_cl.report.diary import Diary
-
-
-@dataclass
-class _State:
-    """What a resumed run needs to go on: plain types only."""
-
-    #: The rows between the tasks, from evaluations outside of a fit.
-    rows: dict[str, Any] | None = None
-    #: The last validation inside each fit.
-    running: dict[str, Any] | None = None
-    #: Whether the monitor's metric was seen at least once.
-    found: bool = False
-    #: Costs, curves and loss terms for the report.
-    diary: dict[str, Any] = field(default_factory=dict)
-    #: What the limit on forgetting has done.
-    events: list[dict[str, Any]] = field(default_factory=list)
-    stop_reason: str | None = None
-    #: The matrices' cells of the stage in which the last good weights were measured.
-    good: dict[str, Any] | None = None
 
 
 class ForgettingMonitor(ContinualCallback):
@@ -161,14 +139,16 @@ class ForgettingMonitor(ContinualCallback):
                 f"`ForgettingMonitor(metric={metric!r}, mode='max')` takes a higher {metric} as better. Give `mode='min'`"
                 " unless that is meant."
             )
-        self._state = _State()
-        self._good = LastGood()
+        self._reader = ScoreReader(metric)
+        self._limit = ForgettingLimit(max_forgetting, on_exceed)
+        self._diary = Diary()
+        # The tasks of the row that is being evaluated between the fits, and whether none is missing any more.
         self._row_seen: set[str] = set()
         self._row_complete = False
-        self._pending: Literal["keep", "restore"] | None = None
+        # Whether results lie in memory that could not be written.
         self._unwritten = False
-        self._unchecked = False
-        self._diary = Diary()
+        # Whether a checkpoint was loaded whose results the files do not show yet.
+        self._restored = False
 
     # --------------------------------------------------------------------------------- public
 
@@ -190,12 +170,20 @@ class ForgettingMonitor(ContinualCallback):
     @property
     def stop_reason(self) -> str | None:
         """Why ``on_exceed="stop"`` has ended the stream; a loop of your own breaks when it is set."""
-        return self._state.stop_reason
+        return self._limit.stop_reason
 
     @property
     def events(self) -> list[dict[str, Any]]:
         """Each time the limit was exceeded: stage, forgetting, and what was done."""
-        return list(self._state.events)
+        return list(self._limit.events)
+
+    def write(self, trainer: pl.Trainer) -> None:
+        """Write the result files again, with what other callbacks have found out since the last row. Collective."""
+        from lightning_cl.report import row
+
+        folder = self._folder(trainer)
+        if rank() == 0 and not _is_dry(trainer) and self.matrix.stages:
+            self._try_to_write(trainer, folder, row.draw(self.matrix) if self.plots else {})
 
     # ---------------------------------------------------------------------- before the training
 
@@ -206,9 +194,9 @@ class ForgettingMonitor(ContinualCallback):
         if stage == "fit":
             self._diary.start("prepare_seconds")
             stream = _stream(trainer)
-            if self._state.stop_reason is not None and stream is None:
+            if self.stop_reason is not None and stream is None:
                 raise MisconfigurationException(
-                    f"{self._state.stop_reason} `on_exceed='stop'` ends the tasks here. End your loop when"
+                    f"{self.stop_reason} `on_exceed='stop'` ends the tasks here. End your loop when"
                     " `monitor.stop_reason` is set, or raise `max_forgetting`."
                 )
             self._check_signature(pl_module, _validation_loaders(trainer))
@@ -225,6 +213,11 @@ class ForgettingMonitor(ContinualCallback):
         if isinstance(trainer.num_val_batches, list):
             self._check_signature(pl_module, len(trainer.num_val_batches))
         super().on_train_start(trainer, pl_module)
+        if self._restored and not _is_dry(trainer):
+            # The run before may have got further than its checkpoint: the files are set back to it.
+            self._unwritten = bool(self.matrix.stages)
+            self._check_writable(trainer)
+        self._restored = False
         self._diary.stop("prepare_seconds", self.task_index)
         self._diary.start("train_seconds")
 
@@ -302,19 +295,28 @@ class ForgettingMonitor(ContinualCallback):
     @override
     def state_dict(self) -> dict[str, Any]:
         """The matrices with their row scores, the curves, the costs and what the limit has done."""
-        state = dict(self._state.__dict__)
-        state |= {"rows": self._rows.to_dict(), "running": self._running.to_dict(), "diary": self._diary.to_dict()}
+        state = {
+            "rows": self._rows.to_dict(),
+            "running": self._running.to_dict(),
+            "diary": self._diary.to_dict(),
+            "found": self._reader.found,
+            **self._limit.state_dict(),
+        }
         return {**super().state_dict(), "monitor": state}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where the checkpoint stood; one that was written without a monitor changes nothing."""
         super().load_state_dict(state_dict)
-        if "monitor" in state_dict:
-            self._state = _State(**state_dict["monitor"])
-            self._rows, self._running = (self._load_matrix(s) for s in (self._state.rows, self._state.running))
-            self._diary = Diary(**self._state.diary)
-            self._state.rows = self._state.running = None
+        state = state_dict.get("monitor")
+        if state is not None:
+            self._rows, self._running = (
+                TaskMatrix.from_dict(state[name], sync_on_compute=False) for name in ("rows", "running")
+            )
+            self._diary = Diary(**state["diary"])
+            self._reader.found = state["found"]
+            self._limit.load_state_dict(state)
+            self._restored = True
 
     @override
     def on_save_checkpoint(
@@ -322,8 +324,9 @@ class ForgettingMonitor(ContinualCallback):
     ) -> None:
         """Add the last good weights. A collective call under sharding."""
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
-        if self._good:
-            checkpoint[f"{self.state_key}.last_good"] = self._good.state(weights.sharding_root(trainer, pl_module))
+        if self._limit.weights:
+            kept = self._limit.weights.state(weights.sharding_root(trainer, pl_module))
+            checkpoint[f"{self.state_key}.last_good"] = kept
 
     @override
     def on_load_checkpoint(
@@ -332,7 +335,7 @@ class ForgettingMonitor(ContinualCallback):
         """Take over the last good weights."""
         saved = checkpoint.get(f"{self.state_key}.last_good")
         if saved is not None:
-            self._good.load(saved)
+            self._limit.weights.load(saved)
 
     # -------------------------------------------------------------------------------- internals
 
@@ -342,9 +345,6 @@ class ForgettingMonitor(ContinualCallback):
         for name in self._names.names or ():
             matrix.add_task(name)
         return matrix
-
-    def _load_matrix(self, saved: dict[str, Any] | None) -> TaskMatrix:
-        return self._new_matrix() if saved is None else TaskMatrix.from_dict(saved, sync_on_compute=False)
 
     def _learn_tasks(self, trainer: pl.Trainer) -> None:
         for task in getattr(_stream(trainer), "tasks", ()):
@@ -384,149 +384,42 @@ class ForgettingMonitor(ContinualCallback):
             stage = self._clock.completed - (0 if self._clock.in_task else 1)
         names = self._names.of(trainer, stage)
         if trainer.sanity_checking:
-            self._check_logged(trainer, pl_module, names, dict.fromkeys(_names_in_sanity_check(trainer), 0.0))
+            self._reader.check_sanity(trainer, pl_module, names)
             return
-        logged = {name: float(value) for name, value in trainer.callback_metrics.items() if _is_number(value)}
-        self._check_logged(trainer, pl_module, names, logged)
+        found = self._reader.read(trainer, pl_module, names)
         self._diary.stop("evaluation_seconds", stage)
-        found = self._scores(trainer, pl_module, names, logged)
         matrix = self._running if in_fit else self._rows
-        for task, (value, rows, scores) in found.items():
-            matrix.update(stage, task, value, rows, scores)
+        for task, reading in found.items():
+            for known in (self._rows, self._running):
+                known.add_task(task)
+                known.declare(task, mode=known.modes.get(task, self.mode), metric=reading.label)
+            matrix.update(stage, task, reading.value, reading.rows, reading.scores)
         if not found:
             return
         if in_fit:
             from lightning_cl.report.loggers import logger_step
 
-            self._diary.add_validation(stage, logger_step(trainer), [(task, score[0]) for task, score in found.items()])
-            self._judge(trainer, self._running, stage)
+            values = [(task, reading.value) for task, reading in found.items()]
+            self._diary.add_validation(stage, logger_step(trainer), values)
+            self._judge(trainer, "running", stage)
             return
         self._row_seen.update(names)
         expected = {t.name for t in getattr(stream, "tasks", ()) if t.val is not None or t.test is not None}
         if expected <= self._row_seen:
-            self._judge(trainer, self._rows, stage)
+            self._judge(trainer, "rows", stage)
             self._row_complete = True
 
-    def _scores(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, names: list[str], logged: dict[str, float]
-    ) -> dict[str, tuple[float, int | None, list[float] | None]]:
-        """The score of each task: value, number of rows and the rows' scores, the same on every rank."""
-        own_metrics = {task.name: task.metric for task in getattr(_stream(trainer), "tasks", ())}
-        per_row: dict[int, Any] = getattr(pl_module, "row_scores", None) or {}
-        local: dict[str, tuple[float, int | None, list[float] | None]] = {}
-        for index, task in enumerate(names):
-            name, _ = find_score(logged, index, len(names), task, self.metric, own_metrics.get(task))
-            if name is None:
-                continue
-            for matrix in (self._rows, self._running):
-                matrix.add_task(task)
-                matrix.declare(task, mode=matrix.modes.get(task, self.mode), metric=label_of(name, task))
-            scores = [float(score) for score in per_row.get(index, ())]
-            local[task] = (logged[name], rows_of_loader(trainer, index), scores or None)
-        gathered = gather_objects(local)
-        found = {}
-        for task, (_, rows, _) in local.items():
-            values = [part[task][0] for part in gathered]
-            # A metric logged without `sync_dist` differs over the ranks; their decisions must not.
-            value = values[0] if len(set(values)) == 1 else sum(values) / len(values)
-            parts = [part[task][2] or [] for part in gathered]
-            # Each rank holds its own rows, or (CausalLMModule) every rank holds all of them.
-            whole = all(part == parts[0] for part in parts) and (rows is None or len(parts[0]) >= rows)
-            joined = parts[0] if whole else [score for part in parts for score in part]
-            usable = bool(joined) and _same_unit(value, joined)
-            found[task] = (value, len(joined) or rows, joined if usable else None)
-        return found
-
-    def _check_logged(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, names: list[str], logged: dict[str, float]
-    ) -> None:
-        if self._state.found:
-            return
-        for index, task in enumerate(names):
-            if find_score(logged, index, len(names), task, self.metric)[0] is not None:
-                self._state.found = True
-                return
-        own_metrics = {task.name: task.metric for task in getattr(_stream(trainer), "tasks", ())}
-        tested = is_overridden("test_step", pl_module) and "test" in self.metric
-        if not names or (loop_of(trainer) == "val" and tested):
-            return
-        existing = {label for index in range(len(names)) for label in logged_for(logged, index, len(names))}
-        if len(names) > 1 and self.metric in logged:
-            raise MisconfigurationException(
-                f"`ForgettingMonitor(metric={self.metric!r})`: it is logged once for all {len(names)} loaders, so the tasks"
-                " cannot be told apart. Log it in the evaluation step, or under a name that holds the task's, and give"
-                " `metric='{task}/...'`."
-            )
-        own = [metric for metric in own_metrics.values() if metric is not None]
-        raise MisconfigurationException(
-            f"`ForgettingMonitor(metric={self.metric!r})`: nothing logs a metric of that name for the loaders of"
-            f" {', '.join(map(repr, names))}. Logged are {', '.join(map(repr, sorted(existing))) or 'no metrics at all'}"
-            f"{' (the tasks name ' + ', '.join(map(repr, dict.fromkeys(own))) + ')' if own else ''}. Give one of these as"
-            " `metric`, or log the score with `self.log` in the evaluation step."
-        )
-
-    # ---- the limit
-
-    def _judge(self, trainer: pl.Trainer, matrix: TaskMatrix, stage: int) -> None:
-        if self.max_forgetting is None or stage >= len(matrix.train_tasks):
-            return
-        forgetting = matrix.at(stage)["forgetting"]
-        if forgetting is None and stage > 0 and not self._unchecked:
-            self._unchecked = True
-            rank_zero_warn(
-                f"`max_forgetting={self.max_forgetting}` cannot be checked after stage {stage}:"
-                f" {matrix.reasons['forgetting']}."
-            )
-        exceeded = forgetting is not None and forgetting > self.max_forgetting
-        if not exceeded or forgetting is None:
-            if self.on_exceed == "restore":
-                self._pending = "keep"
-                self._state.good = {
-                    name: [[task, score.value, score.rows] for (s, task), score in m.scores().items() if s == stage]
-                    for name, m in (("rows", self._rows), ("running", self._running))
-                }
-            return
-        in_fit = trainer.state.fn == TrainerFn.FITTING
-        task = matrix.train_tasks[stage]
-        reason = (
-            f"Forgetting of {forgetting:.4g} {'in' if in_fit else 'after'} task {stage} ({task!r}) exceeds"
-            f" `max_forgetting={self.max_forgetting:g}`; {_worst(matrix, stage)}."
-        )
-        action = self.on_exceed if self.on_exceed != "restore" or self._state.good is not None else "stop"
-        done = {
-            "warn": "",
-            "stop": " The stream ends after this task.",
-            "restore": " The weights of the last evaluation within the limit are put back, and the task ends.",
-        }[action]
-        rank_zero_warn(f"`ForgettingMonitor`: {reason}{done}")
-        self._state.events.append(
-            {"stage": stage, "task": task, "in_fit": in_fit, "forgetting": forgetting, "action": action}
-        )
-        if action == "warn":
-            return
-        if in_fit:
+    def _judge(self, trainer: pl.Trainer, name: str, stage: int) -> None:
+        in_fit = name == "running"
+        action = self._limit.judge({"rows": self._rows, "running": self._running}, name, stage, in_fit)
+        if action in ("stop", "restore") and in_fit:
             trainer.should_stop = True
-        if action == "stop":
-            self._state.stop_reason = reason
-            stream = _stream(trainer)
-            if stream is not None:
-                stream.stop(reason)
-        else:
-            self._pending = "restore"
-            self._replace_row(matrix, stage)
-
-    def _replace_row(self, matrix: TaskMatrix, stage: int) -> None:
-        # The weights go back, so the stage's scores are those that these weights had.
-        good = (self._state.good or {}).get("rows" if matrix is self._rows else "running", ())
-        for task, value, rows in good:
-            matrix.update(stage, task, value, rows)
+        stream = _stream(trainer)
+        if action == "stop" and stream is not None:
+            stream.stop(self.stop_reason)
 
     def _settle(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        pending, self._pending = self._pending, None
-        if pending == "keep":
-            self._good.keep(weights.sharding_root(trainer, pl_module))
-        elif pending == "restore":
-            self._good.put_back(weights.sharding_root(trainer, pl_module))
+        self._limit.settle(weights.sharding_root(trainer, pl_module))
 
     # ---- what is shown
 
@@ -540,13 +433,16 @@ class ForgettingMonitor(ContinualCallback):
         matrix = self.matrix
         figures = row.draw(matrix) if self.plots else {}
         row.show(trainer, matrix, self.print_table, figures)
+        self._try_to_write(trainer, folder, figures)
+
+    def _try_to_write(self, trainer: pl.Trainer, folder: Path, figures: dict[str, Any]) -> None:
         try:
             self._write(trainer, folder, figures)
         except OSError as error:
             self._unwritten = True
             rank_zero_warn(
-                f"`ForgettingMonitor` could not write the results of stage {max(matrix.stages)}: {error} Nothing is lost:"
-                " the matrix is in the monitor and in every checkpoint, and is written again with the next row."
+                f"`ForgettingMonitor` could not write the results of stage {max(self.matrix.stages)}: {error} Nothing is"
+                " lost: the matrix is in the monitor and in every checkpoint, and is written again with the next row."
             )
 
     def _write(self, trainer: pl.Trainer, folder: Path, figures: dict[str, Any]) -> None:
@@ -557,7 +453,7 @@ class ForgettingMonitor(ContinualCallback):
             "curves": self._diary.curves,
             "terms": self._diary.terms,
             "costs": self._diary.costs,
-            "events": self._state.events,
+            "events": self.events,
         }
         row.write(trainer, self.matrix, folder, self._stem(trainer), parts, figures)
         self._unwritten = False
@@ -606,35 +502,3 @@ def _validation_loaders(trainer: pl.Trainer) -> int:
 
 def _is_dry(trainer: pl.Trainer) -> bool:
     return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
-
-
-def _names_in_sanity_check(trainer: pl.Trainer) -> list[str]:
-    """What the sanity check logged: Lightning drops its values and shows them to no callback, but keeps the names."""
-    names = []
-    for key, result in (getattr(trainer, "_results", None) or {}).items():
-        loader = re.search(r"\.(\d+)$", key)
-        names.append(result.meta.name + (f"/dataloader_idx_{loader[1]}" if loader else ""))
-    return names
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) or (isinstance(value, torch.Tensor) and value.numel() == 1)
-
-
-def _same_unit(value: float, scores: list[float]) -> bool:
-    """Whether the rows' scores can be what the value is the mean of (a percentage of shares is not)."""
-    mean = sum(scores) / len(scores)
-    return abs(mean - value) <= max(0.02, 0.25 * max(abs(mean), abs(value)))
-
-
-def _worst(matrix: TaskMatrix, stage: int) -> str:
-    """The task that has lost most since it was learnt."""
-    table = matrix.scores()
-    lost = {}
-    for index, task in enumerate(matrix.train_tasks[:stage]):
-        now, then = table.get((stage, task)), table.get((index, task))
-        if now is not None and then is not None:
-            sign = 1 if matrix.mode_of(task) == "max" else -1
-            lost[task] = sign * (then.value - now.value), then.value, now.value
-    name = max(lost, key=lambda task: lost[task][0])
-    return f"{name!r} went from {lost[name][1]:.4g} to {lost[name][2]:.4g}"

@@ -10,19 +10,17 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from lightning_cl.metrics import figures
 from lightning_cl.metrics.bootstrap import bootstrap_means, ends
-from lightning_cl.metrics.scores import Range, Score, check_ranges, decode_names, flat, interval_of, join, name_key
+from lightning_cl.metrics.score_table import ScoreTable
+from lightning_cl.metrics.scores import Range, Score, check_ranges, interval_of
 
 Role = Literal["train", "probe"]
 Mode = Literal["max", "min"]
 
-_STATES = {"names": torch.uint8, "cells": torch.int64, "values": torch.float64, "row_scores": torch.float64}
 
-
-class TaskMatrix(Metric):
+class TaskMatrix(ScoreTable):
     """Collects R[i, j], the score on task j after stage i, and computes the figures of continual learning.
 
     With T training tasks, learnt in the order of ``tasks`` (task j in stage j; stage -1 is before the first):
@@ -76,15 +74,6 @@ class TaskMatrix(Metric):
         {'intransigence': 'no reference scores were given (`reference`)'}
     """
 
-    is_differentiable = False
-    higher_is_better = None
-    full_state_update = True
-
-    names: Any
-    cells: Any
-    values: Any
-    row_scores: Any
-
     def __init__(
         self,
         tasks: Sequence[str] | None = None,
@@ -95,10 +84,9 @@ class TaskMatrix(Metric):
         metrics: Mapping[str, str] | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
         if isinstance(tasks, str):
             raise TypeError(f"`TaskMatrix(tasks={tasks!r})` got a single string. Pass a list: `tasks=[{tasks!r}]`.")
-        self.declared = None if tasks is None else list(tasks)
+        super().__init__(tasks, **kwargs)
         doubles = sorted({t for t in self.declared or () if (self.declared or []).count(t) > 1})
         if doubles:
             raise ValueError(f"`TaskMatrix` got two tasks of one name: {doubles}. Each task needs a name of its own.")
@@ -120,12 +108,6 @@ class TaskMatrix(Metric):
                 reference=(reference or {}).get(task),
                 metric=(metrics or {}).get(task),
             )
-        self._index: dict[tuple[int, ...], int] = {}
-        # The decoded cells, valid as long as the states hold these very tensors.
-        self._seen: list[Tensor] = []
-        self._seen_table: dict[tuple[int, str], Score] = {}
-        for state in _STATES:
-            self.add_state(state, default=[], dist_reduce_fx="cat", persistent=True)
 
     def declare(
         self,
@@ -281,13 +263,6 @@ class TaskMatrix(Metric):
         return intervals
 
     @property
-    def tasks(self) -> list[str]:
-        """All names, probes too, in the order given or learnt."""
-        if self.declared is not None:
-            return list(self.declared)
-        return list(dict.fromkeys(decode_names(flat(self.names)))) if len(self.names) else []
-
-    @property
     def train_tasks(self) -> list[str]:
         """The tasks that are trained on, in the order in which they are learnt."""
         return [task for task in self.tasks if self.role_of(task) == "train"]
@@ -296,11 +271,6 @@ class TaskMatrix(Metric):
     def probes(self) -> list[str]:
         """The tasks that only measure general ability."""
         return [task for task in self.tasks if self.role_of(task) == "probe"]
-
-    @property
-    def stages(self) -> list[int]:
-        """The stages with at least one score."""
-        return sorted({stage for stage, _ in self._table()})
 
     def role_of(self, task: str) -> Role:
         """The task's role."""
@@ -316,14 +286,6 @@ class TaskMatrix(Metric):
         if isinstance(self.normalise, dict):
             return self.normalise.get(task)
         return self.normalise if self.role_of(task) == "train" else None
-
-    def scores(self) -> dict[tuple[int, str], Score]:
-        """Every known cell by (stage, task), in the metrics' own units."""
-        return self._table()
-
-    def score(self, stage: int, task: str) -> Score | None:
-        """One cell, or None where nothing was measured."""
-        return self._table().get((stage, task))
 
     def to_dict(self, row_scores: bool = True) -> dict[str, Any]:
         """Everything in plain types, for JSON and checkpoints; :meth:`from_dict` reads it back."""
@@ -469,78 +431,6 @@ class TaskMatrix(Metric):
             return (value - span[0]) / (span[1] - span[0])
         return value if self.mode_of(task) == "max" else -value
 
-    # ---- state: every cell is one entry of `cells` (rank, stage, key of the name, rows, number of row scores), of
-    # `values` (value, lower, upper) and of `row_scores`, so that concatenation over ranks keeps them together.
-
-    def _store(self, stage: int, task: str, value: float, rows: int, interval: Range, scores: Tensor) -> None:
-        key = self._learn(task)
-        rank = torch.distributed.get_rank() if _distributed() else 0
-        entry = {
-            "cells": torch.tensor([rank, stage, key, rows, len(scores)], dtype=torch.int64, device=self.device),
-            "values": torch.tensor([value, *interval], dtype=torch.float64, device=self.device),
-            "row_scores": scores.to(self.device),
-        }
-        position = self._position([rank, stage, key])
-        for state, tensor in entry.items():
-            if position is None:
-                getattr(self, state).append(tensor)
-            else:
-                getattr(self, state)[position] = tensor
-
-    def _position(self, cell: list[int]) -> int | None:
-        # The index is a memory of where cells lie; a reset or a loaded state makes it stale, which is checked.
-        position = self._index.get(tuple(cell))
-        if position is None or position >= len(self.cells) or self.cells[position][:3].tolist() != cell:
-            if len(self._index) != len(self.cells) or position is not None:
-                self._index = {tuple(known[:3].tolist()): i for i, known in enumerate(self.cells)}
-            position = self._index.get(tuple(cell))
-        if position is None:
-            self._index[tuple(cell)] = len(self.cells)
-        return position
-
-    def _learn(self, task: str) -> int:
-        if task not in (decode_names(flat(self.names)) if len(self.names) else ()):
-            self.names.append(torch.tensor([*task.encode(), 0], dtype=torch.uint8, device=self.device))
-        return name_key(task)
-
-    def _table(self) -> dict[tuple[int, str], Score]:
-        if not len(self.cells):
-            return {}
-        held = [*self.cells, *self.values]
-        if len(held) == len(self._seen) and all(a is b for a, b in zip(held, self._seen, strict=True)):
-            return dict(self._seen_table)
-        cells = flat(self.cells).view(-1, 5).tolist()
-        values = flat(self.values).view(-1, 3).tolist()
-        scores = flat(self.row_scores).cpu()
-        names = {name_key(name): name for name in decode_names(flat(self.names))}
-        parts: dict[tuple[int, str], dict[int, Score]] = {}
-        offset = 0
-        for (rank, stage, key, rows, size), (value, low, high) in zip(cells, values, strict=True):
-            per_row = scores[offset : offset + size] if size else None
-            interval = None if math.isnan(low) else (low, high)
-            score = Score(value, None if rows < 0 else rows, interval, per_row)
-            parts.setdefault((stage, names[key]), {})[rank] = score
-            offset += size
-        order = {task: position for position, task in enumerate(self.tasks)}
-        places = sorted(parts, key=lambda cell: (cell[0], order[cell[1]]))
-        table = {place: join(list(parts[place].values())) for place in places}
-        if isinstance(self.cells, list):
-            self._seen, self._seen_table = held, table
-        return dict(table)
-
-    def _sync_dist(self, dist_sync_fn: Any = None, process_group: Any = None) -> None:
-        # A rank without scores joins with empty tensors of the states' own dtypes: the gather needs equal ones.
-        for state, dtype in _STATES.items():
-            if isinstance(getattr(self, state), list):
-                flat = [t.flatten() for t in getattr(self, state)]
-                setattr(self, state, [torch.cat(flat) if flat else torch.zeros(0, dtype=dtype, device=self.device)])
-        super()._sync_dist(dist_sync_fn, process_group)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if state_dict.get(prefix + "cells"):
-            self._update_count = max(self._update_count, 1)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
     def _check_names(self, argument: str, given: Mapping[str, Any] | Sequence[str]) -> None:
         unknown = [task for task in given if self.declared is not None and task not in self.declared]
         if unknown:
@@ -550,7 +440,3 @@ class TaskMatrix(Metric):
                 f"`TaskMatrix`: {argument} names the task {unknown[0]!r}, which is not among `tasks`"
                 f" {self.declared}.{hint} Correct the name, or add it to `tasks`."
             )
-
-
-def _distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()

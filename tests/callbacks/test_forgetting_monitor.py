@@ -429,7 +429,7 @@ def test_restore_covers_persistent_buffers_and_leaves_the_frozen_base(tmp_path: 
         means.append(module.norm.running_mean.clone())
     assert means[1] > 0
     assert torch.equal(means[2], means[1])
-    assert not any("base" in name for name in monitor._good._shards)
+    assert not any("base" in name for name in monitor._limit.weights._shards)
 
 
 def test_limit_that_cannot_be_checked_is_said_once(tmp_path: Path) -> None:
