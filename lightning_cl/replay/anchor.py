@@ -71,7 +71,8 @@ class WeightAnchor:
         weights.reshard(module)
         # What a checkpoint brought is older than the present values, and must not settle over them later.
         self._whole = None
-        self._parameters = {n: p for n, p in weights.trainable(module).items() if n in set(self.names(module))}
+        trained = weights.trainable(module)
+        self._parameters = {name: trained[name] for name in self.names(module)}
         if values is None:
             self._shards = {name: self._kept(weights.local(p)) for name, p in self._parameters.items()}
             return
