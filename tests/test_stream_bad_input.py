@@ -5,9 +5,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -190,6 +195,25 @@ def test_the_furthest_checkpoint_counts_and_not_the_clock(tmp_path: Path) -> Non
     assert files.find_last_in(tmp_path, "TaskStream") == tmp_path / "task_1_t1" / "task_end.ckpt"
 
 
+def test_a_run_that_went_on_from_an_older_checkpoint_is_the_last(tmp_path: Path) -> None:
+    _run(tmp_path, stream(count=2))
+    older = next(iter((tmp_path / "task_0_t0").glob("*step=2.ckpt")))
+
+    class Stop(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            if trainer.global_step == 4:
+                raise KeyboardInterrupt
+
+    run = trainer(tmp_path, callbacks=[ModelCheckpoint(save_top_k=-1, every_n_train_steps=1), Stop()])
+    with pytest.raises(SystemExit):
+        fit_stream(run, Scored(), stream(count=2), ckpt_path=older)
+    found = files.find_last_in(tmp_path, "TaskStream")
+    assert found is not None
+    state = files.peek(found)["TaskStream"]
+    # Not the end of task 1, which the first run reached.
+    assert (state["current_index"], state["position"]["batches"] + 3 * state["position"]["epoch"]) == (0, 3)
+
+
 def test_of_two_runs_in_one_folder_the_one_begun_last_counts(tmp_path: Path) -> None:
     _run(tmp_path, stream(count=3))
     _run(tmp_path, stream(count=1))
@@ -198,13 +222,38 @@ def test_of_two_runs_in_one_folder_the_one_begun_last_counts(tmp_path: Path) -> 
     assert files.peek(found)["TaskStream"]["current_index"] == 0
 
 
+HOLDER = """
+import os, sys, time
+from pathlib import Path
+from lightning_cl.stream.files import RunLock
+
+lock = RunLock(Path(sys.argv[1]))
+lock.acquire()
+if os.fork() == 0:
+    time.sleep(60)  # as a loader's worker that outlives its parent
+    os._exit(0)
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
 def test_a_folder_that_another_process_writes(tmp_path: Path) -> None:
-    fcntl = pytest.importorskip("fcntl")
-    with open(tmp_path / ".lightning_cl.lock", "a+") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(MisconfigurationException, match=r"Another process.* is writing the run's folder"):
+    pytest.importorskip("fcntl")
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        named = rf"Another process \(process {holder.pid} on .*\) is writing the run's folder"
+        with pytest.raises(MisconfigurationException, match=named):
             _run(tmp_path, stream(count=1))
-    _run(tmp_path, stream(count=1))
+        # A killed holder leaves its file, and here a child; neither holds the folder.
+        holder.kill()
+        holder.wait()
+        _run(tmp_path, stream(count=1))
+    finally:
+        os.killpg(holder.pid, signal.SIGKILL)
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
@@ -215,6 +264,18 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(MisconfigurationException, match=r"The run's folder .* cannot be written"):
         fit_stream(run, module, stream(count=1))
     assert torch.equal(before, weights(module))
+
+
+@pytest.mark.skipif(shutil.which("mount") is None or os.geteuid() != 0, reason="mounting needs root and `mount`")
+def test_a_read_only_folder(tmp_path: Path) -> None:
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(tmp_path)], check=False)
+    if mounted.returncode != 0:
+        pytest.skip("this machine lets nothing be mounted")
+    try:
+        with pytest.raises(MisconfigurationException, match=r"cannot be written \(Read-only file system\)"):
+            _run(tmp_path, stream(count=1))
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
 
 
 def test_a_full_disk_while_writing_scores_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,10 +5,10 @@
     python examples/benchmark/resume.py --tiny --out tiny.json     # a small model, on a CPU too
 
 A stream with LoRA r16 on all linear layers and ReplayMixer (general samples and an episodic memory), ReplayDistillation,
-ActivationMarginRegularizer, LoRAInterpolator and ForgettingMonitor trains three times: without checkpoints, with
-checkpoints written while the step waits, and with BackgroundCheckpointIO. The stall of a checkpoint is the time of the
-steps from one checkpoint to the next beyond that of as many steps without any. The last run is then killed by SIGKILL,
-and a new process resumes it: from its start until its first optimizer step, in parts.
+ActivationMarginRegularizer, LoRAInterpolator and ForgettingMonitor trains twice: with checkpoints written while the step
+waits, and with BackgroundCheckpointIO. The stall of a checkpoint is the time of the steps from one checkpoint to the next
+beyond as many of those that no checkpoint is near. The second run is then killed by SIGKILL, and a new process resumes it:
+from its start until its first optimizer step, in parts.
 """
 
 from __future__ import annotations
@@ -153,8 +153,7 @@ def run(
         cl.LoRAInterpolator(),
         cl.ForgettingMonitor("val_loss", mode="min", print_table=False, plots=False),
     ]
-    if mode != "none":
-        active.append(ModelCheckpoint(save_top_k=1, monitor="step", mode="max", every_n_train_steps=args.every))
+    active.append(ModelCheckpoint(save_top_k=1, monitor="step", mode="max", every_n_train_steps=args.every))
     trainer = pl.Trainer(
         accelerator="gpu" if CUDA else "cpu",
         devices=1,
@@ -165,7 +164,6 @@ def run(
         limit_val_batches=1,
         num_sanity_val_steps=0,
         logger=False,
-        enable_checkpointing=mode != "none",
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=folder,
@@ -198,34 +196,42 @@ def timed_load(seconds: dict[str, float]) -> Iterator[None]:
 
 
 def train(args: argparse.Namespace) -> None:
-    """The three runs; the last one ends by SIGKILL."""
+    """The two runs; the second ends by SIGKILL."""
+    start = time.perf_counter()
     module = make_module(args.tiny)
+    sync()
+    figures: dict[str, Any] = {"model_seconds": time.perf_counter() - start}
     last = args.warmup + args.every * args.cycles
-    figures: dict[str, Any] = {}
-    plain: float | None = None
-    for mode in ("none", "blocking", "background"):
+    for mode in ("blocking", "background"):
         folder = args.folder / mode
         folder.mkdir(parents=True, exist_ok=True)
-        steps = Steps(kill_at=last if mode != "background" else last + 1)
+        steps = Steps(kill_at=last if mode == "blocking" else last + 1)
         with contextlib.suppress(Done):
             run(module, folder, args, mode, steps)
+        # A checkpoint's cost falls into the steps that follow it; the last two before the next one are free of it.
         measured = steps.seconds[args.warmup - 1 :]
-        if plain is None:
-            plain = statistics.median(measured)
-            figures["step_seconds"] = plain
-            continue
         cycles = [measured[i : i + args.every] for i in range(0, len(measured) - args.every + 1, args.every)]
+        plain = statistics.median(second for cycle in cycles for second in cycle[-2:])
         figures[mode] = {
+            "step_seconds": plain,
             "save_call_seconds": statistics.median(steps.saves[1:] or steps.saves),
             "stall_seconds": statistics.median(sum(cycle) - args.every * plain for cycle in cycles),
         }
-        checkpoints = sorted(folder.glob("task_*/*.ckpt"))
         if mode == "blocking":
-            figures["megabytes"] = checkpoints[-1].stat().st_size / 1e6
-            figures["parts_megabytes"] = parts(checkpoints[-1])
+            newest = sorted(folder.glob("task_*/*.ckpt"))[-1]
+            figures["megabytes"] = newest.stat().st_size / 1e6
+            figures["parts_megabytes"] = parts(newest)
+        write(figures, args)
         gc.collect()
-    (args.folder / "train.json").write_text(json.dumps(figures))
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def write(figures: dict[str, Any], args: argparse.Namespace) -> None:
+    """Keep what is known so far, for the next part and for the reader."""
+    (args.folder / "figures.json").write_text(json.dumps(figures))
+    if args.out is not None:
+        settings = {key: getattr(args, key) for key in ("tiny", "batch", "tokens", "samples", "every", "cycles")}
+        args.out.write_text(json.dumps({**figures, "settings": settings, **provenance()}, indent=1))
 
 
 def parts(path: Path) -> dict[str, float]:
@@ -261,7 +267,10 @@ def resume(args: argparse.Namespace) -> None:
     assert steps.first_step_at is not None
     seconds["fit_until_first_step"] = steps.first_step_at - begun
     seconds["total"] = steps.first_step_at - args.resume
-    (args.folder / "resume.json").write_text(json.dumps(seconds))
+    figures = json.loads((args.folder / "figures.json").read_text())
+    figures["resume_seconds"] = seconds
+    write(figures, args)
+    show(figures)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -270,7 +279,6 @@ def main(argv: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     if args.part is not None:
-        torch.set_float32_matmul_precision("high")
         (train if args.part == "train" else resume)(args)
         return 0
     with tempfile.TemporaryDirectory() as temporary:
@@ -280,18 +288,12 @@ def main(argv: list[str] | None = None) -> int:
         if code != -signal.SIGKILL:
             raise SystemExit(f"the run ended with {code} before it was killed")
         subprocess.run([*command, "--part", "resume", "--resume", repr(time.time())], check=True)
-        figures = json.loads((folder / "train.json").read_text())
-        figures["resume"] = json.loads((folder / "resume.json").read_text())
-    show(figures)
-    if args.out is not None:
-        settings = {key: getattr(args, key) for key in ("tiny", "batch", "tokens", "samples", "every", "cycles")}
-        args.out.write_text(json.dumps({**figures, "settings": settings, **provenance()}, indent=1))
     return 0
 
 
 def show(figures: dict[str, Any]) -> None:
     """Print the figures."""
-    print(f"step without checkpoints {figures['step_seconds']:.3f} s; checkpoint {figures['megabytes']:.1f} MB")
+    print(f"step {figures['blocking']['step_seconds']:.3f} s; checkpoint {figures['megabytes']:.1f} MB")
     print("  " + ", ".join(f"{name} {size:.1f}" for name, size in figures["parts_megabytes"].items()))
     for mode in ("blocking", "background"):
         entry = figures[mode]
@@ -300,7 +302,7 @@ def show(figures: dict[str, Any]) -> None:
             f"{mode:10s} call {entry['save_call_seconds']:.3f} s, stall {entry['stall_seconds']:.3f} s"
             f"  target 1.000  {verdict}"
         )
-    print("resume: " + ", ".join(f"{name} {value:.1f} s" for name, value in figures["resume"].items()))
+    print("resume: " + ", ".join(f"{name} {value:.1f} s" for name, value in figures["resume_seconds"].items()))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -315,8 +317,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=2, help="rows of a step, beside two replayed ones half as long")
     parser.add_argument("--tokens", type=int, default=1024, help="tokens of a row")
     parser.add_argument("--samples", type=int, default=64, help="general samples, half as long")
-    parser.add_argument("--part", choices=["train", "resume"], help=argparse.SUPPRESS)
-    parser.add_argument("--resume", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--part", choices=["train", "resume"], help="one of the two processes, with --folder")
+    parser.add_argument(
+        "--resume", type=float, help="when the process that resumes was started, in seconds (date +%%s.%%N)"
+    )
     args = parser.parse_args(argv)
     if args.tiny:
         args.tokens, args.samples = min(args.tokens, 32), min(args.samples, 16)

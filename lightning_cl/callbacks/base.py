@@ -12,6 +12,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
+from lightning_cl import rank_watch
 from lightning_cl.attachment import Attachment
 from lightning_cl.checkpoints import peek_callback_state, pending_checkpoint
 
@@ -92,6 +93,7 @@ class ContinualCallback(Callback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Assign the task's index, then prepare the task."""
+        rank_watch.start(trainer)
         if stage != "fit":
             return
         if isinstance(trainer.strategy, DeepSpeedStrategy):
@@ -140,11 +142,13 @@ class ContinualCallback(Callback):
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave the module as it was."""
+        rank_watch.stop(trainer)
         self._detach()
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leave the module as it was: Lightning calls no ``teardown`` after an exception."""
+        rank_watch.failed(trainer, exception)
         self._detach()
 
     def _detach(self) -> None:

@@ -57,6 +57,8 @@ class ShuffledWalk:
     def __init__(self, seed: int) -> None:
         self._seed = seed
         self._steps = 0
+        # Where the walk of this number of ranks began.
+        self._start = 0
         self._n = 0
         self._passes_before = 0
 
@@ -72,11 +74,11 @@ class ShuffledWalk:
         if n != self._n:
             # Only `n` may decide this, which all ranks share: how far each has walked may differ by a few steps.
             self._passes_before = _mix(self._passes_before + self._n)
-            self._n, self._steps = n, 0
+            self._n, self._start, self._steps = n, 0, 0
         first, self._steps = self._steps, self._steps + count
         drawn, turn_of_keys, keys = [], -1, (0, 0, 0)
         for step in range(first, self._steps):
-            turn, offset = divmod(step * world_size + rank, n)
+            turn, offset = divmod(self._start + step * world_size + rank, n)
             if turn != turn_of_keys:
                 turn_of_keys, keys = turn, round_keys(self._seed ^ _mix(self._passes_before + turn))
             drawn.append(permuted(offset, n, keys))
@@ -84,11 +86,20 @@ class ShuffledWalk:
 
     def state_dict(self) -> dict[str, Any]:
         """The positions of all ranks, as plain integers; called on every rank."""
-        return {"steps": gather_objects(self._steps), "n": self._n, "passes_before": self._passes_before}
+        return {
+            "steps": gather_objects(self._steps),
+            "start": self._start,
+            "n": self._n,
+            "passes_before": self._passes_before,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where the ranks of the saved run stood, also with another number of ranks."""
-        steps, ranks = state["steps"], world_size()
-        same = len(steps) == ranks
-        self._steps = steps[rank()] if same else -(-sum(steps) // ranks)
+        steps = state["steps"]
+        self._start, self._steps = state["start"], 0
+        if len(steps) == world_size():
+            self._steps = steps[rank()]
+        else:
+            # What those ranks have drawn together lies before the start of the new ones.
+            self._start += sum(steps)
         self._n, self._passes_before = state["n"], state["passes_before"]

@@ -128,12 +128,13 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def load_file(path: str | os.PathLike[str], mmap: bool = True) -> Any:
+def load_file(path: str | os.PathLike[str], mmap: bool = True, verify: bool = True) -> Any:
     """Read a torch file after checking its checksum; only tensors and plain values are built, never code run.
 
     Args:
         path: a file of :func:`save_file`, or any torch file (then there is no checksum to check).
         mmap: leave tensors on disk until they are used.
+        verify: read the whole file once for its checksum; False for a look at what is checked before it is used.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -143,7 +144,7 @@ def load_file(path: str | os.PathLike[str], mmap: bool = True) -> Any:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"Checkpoint file not found: {path}")
-    has_checksum = verify_file(path)
+    has_checksum = verify and verify_file(path)
     try:
         return from_safe(torch.load(path, map_location="cpu", weights_only=True, mmap=mmap))
     except Exception as error:

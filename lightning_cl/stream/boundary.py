@@ -14,8 +14,10 @@ from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from typing_extensions import override
 
+from lightning_cl import rank_watch
 from lightning_cl.distributed import gather_objects, world_size
-from lightning_cl.stream import files
+from lightning_cl.stream import csv_log, files
+from lightning_cl.stream.signals import AgreedSignals
 
 if TYPE_CHECKING:
     from lightning_cl.stream.task_stream import TaskStream
@@ -49,16 +51,23 @@ class TaskBoundary(Callback):
         self.roots: dict[int, Any] = {}
         #: The checkpoint that the coming fit resumes.
         self.path: Path | None = None
+        #: What the CSV loggers had written when that checkpoint was.
+        self.csv_rows: list[list[dict[str, str]]] = []
         self._limits: tuple[int | None, int] | None = None
         self._lock: files.RunLock | None = None
+        self._signals = AgreedSignals()
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Agree on the run's folder, take it, and point the checkpoints to the task's."""
         stream = self._stream
+        rank_watch.start(trainer)
+        self._signals.take_over(trainer)
         if world_size() > 1:
             stream.run_id = trainer.strategy.broadcast(stream.run_id)
             _check_agreement(f"{self.path}, task {stream.current_index}")
+        rows, self.csv_rows = self.csv_rows, []
+        csv_log.put_back(trainer, rows)
         if not self._saves:
             return
         root = trainer.strategy.broadcast(str(self._root(trainer)))
@@ -82,7 +91,8 @@ class TaskBoundary(Callback):
                 callback.dirpath = str(Path(self.roots.get(id(callback)) or root, task))
 
     def release(self) -> None:
-        """Give the run's folder back."""
+        """Give the run's folder and the Trainer's signals back."""
+        self._signals.give_back()
         if self._lock is not None:
             self._lock.release()
             self._lock = None
@@ -158,6 +168,11 @@ class TaskBoundary(Callback):
         self._stream.epoch_hook = lambda: self._end_lift(trainer)
 
     @override
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        """Act on a scheduler's signal, on all processes together."""
+        self._signals.agree()
+
+    @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Offer the current task's metrics under their bare names, for EarlyStopping, ModelCheckpoint and plateaus."""
         tasks = [task.name for task in self._stream.loader_tasks("val")]
@@ -173,11 +188,13 @@ class TaskBoundary(Callback):
     def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         """Keep the mean over the processes exact."""
         _count_rows_in_float(trainer)
+        self._signals.agree()
 
     @override
     def on_test_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         """Keep the mean over the processes exact."""
         _count_rows_in_float(trainer)
+        self._signals.agree()
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -197,11 +214,17 @@ class TaskBoundary(Callback):
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """On SIGTERM, save before anything is taken apart."""
+        """On SIGTERM, save before anything is taken apart; tell the other processes of an error."""
+        rank_watch.failed(trainer, exception)
         self._end_lift(trainer)
         self._stream.epoch_hook = None
         if isinstance(exception, SIGTERMException) and self.folder is not None and trainer.training:
             trainer.save_checkpoint(self.folder / files.INTERRUPTED)
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """The other processes need not be watched between two fits."""
+        rank_watch.stop(trainer)
 
     def _lift_limits(self, trainer: pl.Trainer) -> None:
         if self._limits is None:

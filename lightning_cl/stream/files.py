@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
+import socket
 import tempfile
 import zipfile
 from collections.abc import Iterable
@@ -76,7 +78,7 @@ def _zip_damage(path: Path) -> str | None:
             bad = archive.testzip()
             if bad is not None:
                 return f"its part {bad!r} does not match its checksum"
-        _load(path)
+        load_file(path)
     except Exception as error:
         return (
             f"it cannot be read ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no detail'})"
@@ -84,23 +86,25 @@ def _zip_damage(path: Path) -> str | None:
     return None
 
 
-def peek(path: str | os.PathLike[str] | None) -> dict[str, Any]:
-    """A checkpoint's content, tensors left on disk; of a sharded one, all but weights and optimizer."""
+def peek(path: str | os.PathLike[str] | None, verify: bool = True) -> dict[str, Any]:
+    """A checkpoint's content, tensors left on disk; of a sharded one, all but weights and optimizer.
+
+    Args:
+        path: the checkpoint.
+        verify: check its sum first, where it has one. Only tensors and plain types are built either way.
+    """
     file = Path(str(path))
-    return _load(file / _META if file.is_dir() else file)
-
-
-def _load(path: Path) -> dict[str, Any]:
-    # `weights_only` builds tensors and plain types alone: a file from elsewhere cannot run code.
-    return load_file(path)
+    found: dict[str, Any] = load_file(file / _META if file.is_dir() else file, verify=verify)
+    return found
 
 
 def find_last(trainer: pl.Trainer, key: str, extra: Iterable[Path] = ()) -> Path | None:
     """The whole checkpoint that is furthest in the stream; damaged ones are skipped with a warning.
 
     Looks into the run's folder, the folders of ModelCheckpoint, and, when the logger counts its versions, the earlier
-    versions beside the run's folder (the newest that has a checkpoint). "Furthest" is told from the state inside, so
-    a clock that jumped back changes nothing; where a folder holds two runs, the one begun last counts.
+    versions beside the run's folder (the newest that has a checkpoint). "Furthest" is told from the state inside, never
+    from a file's time: a clock that jumped back changes nothing. Where a folder holds two runs, or a run that went on
+    from an older checkpoint, the one begun last counts.
 
     Args:
         trainer: the Trainer.
@@ -139,33 +143,34 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def _furthest(candidates: list[Path], key: str) -> Path | None:
-    ranked = []
+    ranked: list[tuple[Any, ...]] = []
     for path in dict.fromkeys(candidates):
-        problem = None
         try:
-            checkpoint = peek(path)
+            # Sums are checked for the furthest alone: a folder may hold hundreds of gigabytes.
+            place = _place(path, peek(path, verify=False), key)
         except Exception as error:
-            problem = f"it cannot be read ({type(error).__name__})"
-        if problem is not None:
-            _warn_damaged(path, problem)
+            _warn_damaged(path, f"it cannot be read ({type(error).__name__})")
             continue
-        state = checkpoint.get(key)
-        if state is not None:
-            steps = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress", {})
-            done = steps.get("total", {}).get("processed", 0)
-            # A later save at the same batch stands later in Lightning's order of hooks.
-            order = ("in_step", "batch_end", "between", "validation_end", "epoch_start", "epoch_end").index(
-                state["point"]
-            )
-            ended = path.name == TASK_END
-            begun = _begun(path, state["run_id"])
-            ranked.append((begun, state["current_index"], done, order, ended, path.stat().st_mtime, str(path)))
+        if place is not None:
+            ranked.append((*place, str(path)))
     for *_, name in sorted(ranked, reverse=True):
         problem = damage(Path(name))
         if problem is None:
             return Path(name)
         _warn_damaged(Path(name), problem)
     return None
+
+
+def _place(path: Path, checkpoint: dict[str, Any], key: str) -> tuple[int, ...] | None:
+    """Where in its folder's runs a checkpoint stands; None if it is of no stream."""
+    state = checkpoint.get(key)
+    if state is None:
+        return None
+    steps = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress", {})
+    done = steps.get("total", {}).get("processed", 0)
+    # A later save at the same batch stands later in Lightning's order of hooks.
+    order = ("in_step", "batch_end", "between", "validation_end", "epoch_start", "epoch_end").index(state["point"])
+    return _begun(path, state["run_id"]), int(state["current_index"]), int(done), order, int(path.name == TASK_END)
 
 
 def _warn_damaged(path: Path, problem: str) -> None:
@@ -232,6 +237,9 @@ def write_json(path: Path, value: Any) -> None:
 class RunLock:
     """Holds a run's folder for this process; the system frees it when the process dies, however it dies.
 
+    A record lock, which a forked process does not inherit: a loader's worker that outlives its killed parent for some
+    seconds does not hold the folder any more. Network file systems know it too; one that does not is written without.
+
     Args:
         folder: the run's folder.
 
@@ -251,21 +259,19 @@ class RunLock:
             return
         file = open(self._path, "a+")  # noqa: SIM115 - held until `release`
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
             file.seek(0)
             holder = file.read().strip()
             file.close()
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                return
             raise MisconfigurationException(
                 f"Another process{f' ({holder})' if holder else ''} is writing the run's folder {self._path.parent}. Two"
                 " would overwrite each other's checkpoints. Wait for it or end it, or use another `default_root_dir`."
             ) from None
-        except OSError:
-            # Some network file systems have no locks; a run there goes on without.
-            file.close()
-            return
         file.truncate(0)
-        file.write(f"process {os.getpid()}")
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         self._file = file
 

@@ -20,7 +20,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from lightning_cl.stream import files, progress
+from lightning_cl.stream import csv_log, files, progress
 from lightning_cl.stream.boundary import TaskBoundary, begin_task
 from lightning_cl.stream.scores import find_monitor, read_scores
 from lightning_cl.stream.task import Task
@@ -52,8 +52,9 @@ def fit_stream(
     ``stream.missing``.
 
     A run that was killed goes on from any of its checkpoints as if nothing had happened (bit for bit on the CPU with
-    the same number of processes), except that loggers that only append may repeat steps, and that a checkpoint written
-    by an exception inside a step begins that step anew.
+    the same number of processes): the files of ForgettingMonitor and of a CSVLogger with the same folder are set back
+    to the checkpoint. Loggers that only append may repeat steps, and a checkpoint written by an exception inside a step
+    begins that step anew.
 
     Args:
         trainer: any Trainer whose strategy keeps its processes (not ``ddp_spawn`` and the like).
@@ -118,6 +119,10 @@ class _Run:
             self._read_row(path)
             if not self._unscored(last):
                 rank_zero_info(f"The stream of {last + 1} tasks is finished; its end is restored from {path}.")
+        finished = path is not None and path.name == files.TASK_END and stream.current_index == last
+        if ckpt_path not in (None, "last") and not finished:
+            # From here on it is another run, which "last" must tell from what stands in the folder already.
+            stream.run_id = uuid.uuid4().hex
         with self._in_charge():
             if path is None:
                 self._evaluate(-1)
@@ -128,6 +133,9 @@ class _Run:
                 if stream.current_index == last or stream.stop_reason is not None:
                     break
                 stream.current_index += 1
+            for callback in list(trainer.callbacks):
+                if hasattr(callback, "on_stream_end"):
+                    callback.on_stream_end(trainer, self._model)
         if stream.stop_reason is not None:
             rank_zero_warn(
                 f"The stream ends after task {stream.current_task.name!r} ({stream.current_index + 1} of {last + 1}):"
@@ -165,6 +173,7 @@ class _Run:
                 " did. To start from its weights, load them into the module and leave `ckpt_path` out."
             )
         progress.adopt(self._stream, state)
+        self._boundary.csv_rows = csv_log.read(trainer, state.get("csv_rows", []))
         return path
 
     def _fit(self, path: Path | None) -> None:
@@ -179,7 +188,8 @@ class _Run:
             trainer.num_sanity_val_steps = 0  # the module's evaluation has run, in the first row of the matrix
         self._boundary.path = path
         try:
-            trainer.fit(self._model, datamodule=stream, ckpt_path=path)
+            # `files.damage` has read the checkpoint the same way: nothing in it is executed, whatever the strategy.
+            trainer.fit(self._model, datamodule=stream, ckpt_path=path, weights_only=None if path is None else True)
         finally:
             trainer.num_sanity_val_steps, trainer.limit_val_batches = sanity, validated
 

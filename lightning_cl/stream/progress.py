@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_cl.distributed import gather_objects, rank
+from lightning_cl.stream import csv_log
 from lightning_cl.stream.files import peek
 from lightning_cl.stream.loader import Position
 
@@ -42,6 +43,7 @@ def save(stream: TaskStream) -> dict[str, Any]:
         state["point"] = where(trainer)
         state["position"] = position(stream, trainer)
         state["should_stop"] = bool(trainer.should_stop)
+        state["csv_rows"] = csv_log.keep(trainer)
         state["metrics"] = {
             name: float(value)
             for name, value in trainer.callback_metrics.items()

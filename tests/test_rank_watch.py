@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one process does to the others of its run: its death, its signals, its versions."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_cl.stream import files
+from tests.helpers.spawn import _free_port
+
+ROOT = Path(__file__).resolve().parent.parent
+
+SCRIPT = """
+import os, signal, sys, time
+from pathlib import Path
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning_cl import Task, TaskStream, fit_stream, rank_watch
+from tests.helpers import models
+from tests.stream_tools import trainer
+
+folder, mode, strategy, ckpt_path = Path(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4]
+rank_watch.GRACE = 3.0
+torch.set_num_threads(1)
+torch.manual_seed(0)
+
+
+class Module(models.PlainLM):
+    def training_step(self, batch, batch_idx):
+        (folder / f"step{self.global_rank}").write_text(str(self.trainer.global_step))
+        if mode == "slow":
+            time.sleep(0.1 * (1 + self.global_rank))
+        if self.trainer.global_step == 3 and mode not in ("slow", "fast"):
+            if self.global_rank == 0 and mode == "hang":
+                time.sleep(300)  # as in a collective call of NCCL whose partner is gone
+            if self.global_rank == 1:
+                if mode == "killed":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                raise ValueError("row 17 of task t0 is broken")
+        return super().training_step(batch, batch_idx)
+
+
+module = Module(models.lora(models.tiny_llama()), optimizer="adamw")
+tasks = [Task(f"t{i}", train=models.TokenRows(40, seed=i)) for i in range(2)]
+data = TaskStream(tasks, batch_size=2, collate_fn=models.collate, seed=3)
+run = trainer(folder, strategy=strategy, devices=2, callbacks=[ModelCheckpoint(every_n_train_steps=100)])
+fit_stream(run, module, data, ckpt_path=None if ckpt_path == "None" else ckpt_path)
+from lightning_cl.weights import local
+end = {name: local(p).detach() for name, p in module.named_parameters() if p.requires_grad}
+torch.save(end, folder / f"end{module.global_rank}.pt")
+"""
+
+
+def start(
+    folder: Path, mode: str, strategy: str, ckpt_path: str = "None", path_of_rank_1: str = ""
+) -> list[subprocess.Popen]:
+    folder.mkdir(exist_ok=True)
+    port = _free_port()
+    processes = []
+    for rank in range(2):
+        env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "NODE_RANK": "0"}
+        env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}
+        env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{path_of_rank_1 if rank else ''}{os.pathsep}{ROOT}"}
+        command = [sys.executable, "-c", SCRIPT, str(folder), mode, strategy, ckpt_path]
+        with open(folder / f"log{rank}", "a") as log:
+            processes.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT))
+    return processes
+
+
+def codes(processes: list[Any], seconds: float = 200) -> list[int]:
+    end = time.monotonic() + seconds
+    try:
+        return [process.wait(max(0.1, end - time.monotonic())) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+DEATHS = {
+    "hang": "has waited 3 s and is ended: rank 1 on .*: ValueError: row 17 of task t0 is broken",
+    "raised": "ends because another one did: rank 1 on .*: ValueError: row 17 of task t0 is broken",
+    "killed": "ends because another one did: rank 1 is gone without a message",
+}
+
+
+@pytest.mark.parametrize(
+    ("mode", "strategy"),
+    [
+        ("hang", "ddp"),
+        pytest.param("raised", "ddp", marks=pytest.mark.slow),
+        pytest.param("raised", "cl_fsdp", marks=pytest.mark.slow),
+        pytest.param("killed", "ddp", marks=pytest.mark.slow),
+        pytest.param("killed", "cl_fsdp", marks=pytest.mark.slow),
+    ],
+)
+def test_a_rank_that_dies_takes_the_other_down_with_its_message(mode: str, strategy: str, tmp_path: Path) -> None:
+    processes = start(tmp_path, mode, strategy)
+    try:
+        processes[1].wait(200)
+        died = time.monotonic()
+        processes[0].wait(60)
+        assert time.monotonic() - died < 30
+    finally:
+        found = codes(processes)
+    log = (tmp_path / "log0").read_text()
+    assert found[0] == 1, log
+    assert found[1] == (-signal.SIGKILL if mode == "killed" else 1)
+    assert re.search(DEATHS[mode], log), log[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "cl_fsdp"])
+def test_sigterm_on_two_processes_ends_in_one_checkpoint_and_status_0(strategy: str, tmp_path: Path) -> None:
+    assert codes(start(tmp_path / "whole", "fast", strategy)) == [0, 0]
+    folder = tmp_path / "broken"
+    processes = start(folder, "slow", strategy)
+    step = folder / "step0"
+    while processes[0].poll() is None and not (step.is_file() and step.read_text() in ("3", "4", "5")):
+        time.sleep(0.01)
+    # A scheduler reaches them one after the other, in different places of their steps.
+    processes[1].send_signal(signal.SIGTERM)
+    time.sleep(0.15)
+    processes[0].send_signal(signal.SIGTERM)
+    assert codes(processes) == [0, 0], (folder / "log0").read_text()[-3000:]
+    written = folder / "task_0_t0" / files.INTERRUPTED
+    assert files.damage(written) is None
+    assert codes(start(folder, "fast", strategy, "last")) == [0, 0], (folder / "log0").read_text()[-3000:]
+    for rank in range(2):
+        ends = [torch.load(tmp_path / name / f"end{rank}.pt", weights_only=True) for name in ("whole", "broken")]
+        assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_other_versions_on_a_rank_are_shown(tmp_path: Path) -> None:
+    # What another machine would have installed, before everything else on rank 1's path.
+    other = tmp_path / "site" / "peft-0.1.2.dist-info"
+    other.mkdir(parents=True)
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: peft\nVersion: 0.1.2\n")
+    folder = tmp_path / "run"
+    assert codes(start(folder, "fast", "ddp", path_of_rank_1=str(other.parent))) == [0, 0]
+    log = (folder / "log0").read_text()
+    assert "other versions of peft: " in log
+    assert "0.1.2 (rank 1 on " in log
+    assert log.count("have other versions of") == 1
