@@ -126,12 +126,12 @@ def routed(device: str, options: Any) -> Result:
     """One adapter a task: routed, by oracle, and the base model."""
     from lightning_cl.callbacks import RLSRouterFitter
 
-    router = RLSRouterFitter(expansion_dim=options.width, seed=options.seed)
-    trainer, module, stream, found = stream_of(device, options, [router])
+    router = RLSRouterFitter(expansion_dim=options.width, seed=options.seed, compare=True)
+    found = stream_of(device, options, [router])
     accuracies = [router.confusion.accuracy(stage) for stage in sorted(router.confusion.stages)]
     found |= {"routing_accuracy_by_stage": accuracies, "confusion": router.confusion.table()}
-    scores = router.side_by_side(trainer, module, stream)
     # Adapters do not change after their task, so by oracle nothing can be forgotten.
+    scores = router.confusion.scores
     found["side_by_side"] = {mode: sum(row.values()) / len(row) for mode, row in scores.items()}
     found["scores"] = scores
     return found
@@ -139,14 +139,15 @@ def routed(device: str, options: Any) -> Result:
 
 def sequential(device: str, options: Any) -> Result:
     """One adapter that is trained on all tasks in turn."""
-    return stream_of(device, options, [])[-1]
+    return stream_of(device, options, [])
 
 
-def stream_of(device: str, options: Any, callbacks: list[Any]) -> tuple[Any, Any, Any, Result]:
-    """Train on the stream of tasks; its figures."""
+def stream_of(device: str, options: Any, callbacks: list[Any]) -> Result:
+    """Train on the stream of tasks; its figures. The task matrix so far lies beside the result, if the run is cut off."""
     import lightning.pytorch as pl
 
     from lightning_cl import CausalLMModule, Task, TaskStream, fit_stream
+    from lightning_cl.callbacks import ForgettingMonitor
 
     pl.seed_everything(options.seed)
     names = names_of(options)
@@ -159,6 +160,8 @@ def stream_of(device: str, options: Any, callbacks: list[Any]) -> tuple[Any, Any
     stream = TaskStream(tasks, batch_size=32, eval_batch_size=100, max_length=384)
     lora = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
     module = CausalLMModule(options.model, lora=lora, lr=1e-3)
+    folder = str(options.out.with_suffix(""))
+    monitor = ForgettingMonitor("test_accuracy", dirpath=folder, print_table=False, plots=False)
     trainer = pl.Trainer(
         accelerator="cpu" if device == "cpu" else "gpu",
         devices=1,
@@ -169,7 +172,7 @@ def stream_of(device: str, options: Any, callbacks: list[Any]) -> tuple[Any, Any
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        callbacks=callbacks,
+        callbacks=[*callbacks, monitor],
     )
     start = time.perf_counter()
     matrix = fit_stream(trainer, module, stream)
@@ -186,7 +189,7 @@ def stream_of(device: str, options: Any, callbacks: list[Any]) -> tuple[Any, Any
         "last_row": {t: s.value for (stage, t), s in matrix.scores().items() if stage == len(names) - 1},
         "stream_s": time.perf_counter() - start,
     }
-    return trainer, module, stream, found
+    return found
 
 
 # ---------------------------------------------------------------------- together

@@ -4,29 +4,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_cl.functional import ridge as ridges_of
+from lightning_cl.functional.gram import Products, add_rows, mirrored, statistics_device
+from lightning_cl.functional.ridge import checked_ridge, factored, try_factor
+
 __all__ = ["RecursiveLeastSquares"]
 
 Method = Literal["cholesky", "woodbury"]
-Products = Literal["auto", "float64", "float32"]
 
-# Half of a Gram matrix is the mirror of the other half: tiles below the diagonal save those products.
-_TILE = 2048
-# Rows of one float32 product: its rounding error grows with this number, the float64 sum's does not.
-_FLOAT32_ROWS = 512
-# Rows of one float64 product: as many as keep the converted copy small.
-_FLOAT64_ROWS = 4096
 # Rows of one Woodbury step: its inner system has this many unknowns.
 _WOODBURY_ROWS = 512
-# CUDA compute capabilities whose float64 rate is at least a quarter of the float32 rate.
-_FAST_FLOAT64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
 
 
 class RecursiveLeastSquares:
@@ -94,7 +88,7 @@ class RecursiveLeastSquares:
         self.dtype = dtype
         self.products: Products = products
         self.max_classes = max_classes
-        self._ridge = _checked_ridge(ridge)
+        self._ridge = checked_ridge(ridge)
         self._matrix: Tensor | None = None  # cholesky: A, of which only tiles on and below the diagonal are current
         self._columns: Tensor | None = None  # cholesky: C; woodbury: W
         self._counts = torch.zeros(0, dtype=torch.int64)
@@ -109,7 +103,7 @@ class RecursiveLeastSquares:
 
     @ridge.setter
     def ridge(self, value: float) -> None:
-        value = _checked_ridge(value)
+        value = checked_ridge(value)
         if self.method == "woodbury" and value != self._ridge:
             raise ValueError(
                 f"`ridge={value}`: the recursion carries its ridge ({self._ridge}) inside the inverse and cannot "
@@ -138,10 +132,10 @@ class RecursiveLeastSquares:
         if self._matrix is None:
             return torch.zeros(self.in_features, self.in_features, dtype=self.dtype)
         if self.method == "cholesky":
-            return _mirrored(self._matrix.clone())
-        gram = torch.cholesky_inverse(self._factor(self._matrix, 0.0))
+            return mirrored(self._matrix.clone())
+        gram = torch.cholesky_inverse(factored(self._matrix, 0.0))
         gram.diagonal().sub_(self._ridge)
-        return _mirrored(gram)
+        return mirrored(gram)
 
     @property
     def cross(self) -> Tensor:
@@ -166,7 +160,7 @@ class RecursiveLeastSquares:
         if self.method == "woodbury":
             return self._columns
         if self._weight is None:
-            self._weight = torch.cholesky_solve(self._columns, self._factor(self._matrix, self._ridge))
+            self._weight = torch.cholesky_solve(self._columns, factored(self._matrix, self._ridge))
         return self._weight
 
     def predict(self, features: Tensor) -> Tensor:
@@ -240,8 +234,8 @@ class RecursiveLeastSquares:
             cross = self.cross
             cross[:, : other.num_classes] += other.cross.to(self.device)
             total = self.gram + other.gram.to(self.device)
-            factor = self._factor(total, self._ridge)
-            self._matrix = _mirrored(torch.cholesky_inverse(factor))
+            factor = factored(total, self._ridge)
+            self._matrix = mirrored(torch.cholesky_inverse(factor))
             self._columns = torch.cholesky_solve(cross, factor)
         self._counts[: other.num_classes] += other._counts.to(self.device)
         self._weight = None
@@ -286,29 +280,11 @@ class RecursiveLeastSquares:
         Returns:
             ``[len(ridges)]`` float64 mean squared errors, on the CPU; infinity where nothing is left to judge by.
         """
-        ridges = [_checked_ridge(ridge) for ridge in ridges]
+        ridges = [checked_ridge(ridge) for ridge in ridges]
         rows = float(self._counts.sum())
         if rows == 0:
             return torch.full((len(ridges),), math.inf, dtype=torch.float64)
-        gram, cross = self.gram, self.cross
-        eye = torch.eye(self.in_features, dtype=gram.dtype, device=gram.device)
-        # Both parts of the quotient are differences: what rounding leaves of them is no error to compare.
-        eps, trace = torch.finfo(gram.dtype).eps, float(gram.diagonal().sum())
-        errors = []
-        for ridge in ridges:
-            factor = _try_factor(gram, ridge)
-            if factor is None:
-                errors.append(math.inf)
-                continue
-            # With W solved, RSS = |Y|^2 - <C, W> - ridge |W|^2, and labels are one-hot, so that |Y|^2 is their number.
-            weight = torch.cholesky_solve(cross, factor)
-            residual = rows - float((cross * weight).sum()) - ridge * float(weight.square().sum())
-            # tr H = E - ridge tr (A + ridge I)^-1, whose trace is the sum of squares of the factor's inverse.
-            inverse = torch.linalg.solve_triangular(factor, eye, upper=False)
-            free = rows - self.in_features + ridge * float(inverse.square().sum())
-            judged = residual > 1e4 * eps * rows and free > eps * self.in_features * trace / ridge
-            errors.append(rows * residual / free**2 if judged else math.inf)
-        return torch.tensor(errors, dtype=torch.float64)
+        return ridges_of.generalized_errors(self.gram, self.cross, rows, ridges)
 
     def leave_one_out(self, features: Tensor, labels: Tensor, ridges: Sequence[float]) -> Tensor:
         """Exact leave-one-out error of rows that are part of the fit, for each ridge, without refitting.
@@ -325,18 +301,10 @@ class RecursiveLeastSquares:
         """
         features, labels = self._checked_rows(features, labels)
         gram, cross = self.gram, self.cross
-        rows = features.to(gram.device, gram.dtype)
         targets = torch.nn.functional.one_hot(labels.to(gram.device), self.num_classes).to(gram.dtype)
-        errors = []
-        for ridge in map(_checked_ridge, ridges):
-            factor = _try_factor(gram, ridge)
-            if factor is None:
-                errors.append(math.inf)
-                continue
-            leverage = torch.linalg.solve_triangular(factor, rows.T, upper=False).square().sum(dim=0)
-            residual = targets - rows @ torch.cholesky_solve(cross, factor)
-            errors.append(float((residual / (1 - leverage).unsqueeze(1)).square().mean()))
-        return torch.tensor(errors, dtype=torch.float64)
+        return ridges_of.leave_one_out_errors(
+            gram, cross, features.to(gram.device, gram.dtype), targets, [checked_ridge(ridge) for ridge in ridges]
+        )
 
     def choose_ridge(
         self, ridges: Sequence[float] | None = None, features: Tensor | None = None, labels: Tensor | None = None
@@ -355,14 +323,13 @@ class RecursiveLeastSquares:
         if self._matrix is None:
             raise ValueError("No rows were seen, so there is no ridge to choose. Call `update` first.")
         if ridges is None:
-            scale = float(self.gram.diagonal().mean()) or 1.0
-            ridges = [scale * 10.0**power for power in range(-6, 3)]
+            ridges = ridges_of.grid(self.gram)
         if features is not None and labels is not None:
             errors = self.leave_one_out(features, labels, ridges)
         else:
             errors = self.generalized_cross_validation(ridges)
         for best in errors.argsort(stable=True).tolist():
-            if math.isfinite(float(errors[best])) and _try_factor(self._matrix, float(ridges[best])) is not None:
+            if math.isfinite(float(errors[best])) and try_factor(self._matrix, float(ridges[best])) is not None:
                 self.ridge = float(ridges[best])
                 return self._ridge
         raise ValueError(
@@ -405,12 +372,12 @@ class RecursiveLeastSquares:
             keep = torch.ones(self.in_features, self.in_features, dtype=torch.bool).tril_()
             matrix = torch.zeros(self.in_features, self.in_features, dtype=self.dtype)
             matrix[keep] = state["matrix"].to("cpu", self.dtype)
-            self._matrix = _mirrored(matrix)
+            self._matrix = mirrored(matrix)
             self._columns = state["columns"].to("cpu", self.dtype).clone()
 
     def to(self, device: torch.device | str) -> RecursiveLeastSquares:
         """Move the statistics to ``device``, in place, and return self."""
-        device = _statistics_device(torch.device(device))
+        device = statistics_device(torch.device(device))
         self._counts = self._counts.to(device)
         self._matrix = None if self._matrix is None else self._matrix.to(device)
         self._columns = None if self._columns is None else self._columns.to(device)
@@ -427,17 +394,7 @@ class RecursiveLeastSquares:
             for rows, wanted in zip(features.split(_WOODBURY_ROWS), targets.split(_WOODBURY_ROWS), strict=True):
                 self._recur(rows.to(self._matrix), wanted.to(self._matrix), sign)
             return
-        exact = self.products == "float64" or (self.products == "auto" and _fast_in_float64(features.device))
-        kind = self.dtype if exact else torch.float32
-        size = _FLOAT64_ROWS if exact else _FLOAT32_ROWS
-        with _full_float32():
-            for rows, wanted in zip(features.split(size), targets.split(size), strict=True):
-                rows, wanted = rows.to(kind), wanted.to(rows.device, kind)
-                _add_product(self._columns, rows, wanted, sign)
-                for top in range(0, self.in_features, _TILE):
-                    for left in range(0, top + 1, _TILE):
-                        tile = self._matrix[top : top + _TILE, left : left + _TILE]
-                        _add_product(tile, rows[:, top : top + _TILE], rows[:, left : left + _TILE], sign)
+        add_rows(self._matrix, self._columns, features, targets, self.products, sign)
         self._weight = None
 
     def _recur(self, rows: Tensor, wanted: Tensor, sign: int) -> None:
@@ -459,24 +416,12 @@ class RecursiveLeastSquares:
         residual = torch.linalg.solve_triangular(factor, wanted - rows @ self._columns, upper=False)
         self._columns += sign * (half.T @ residual)
         self._matrix -= sign * (half.T @ half)
-        _mirrored(self._matrix)  # rounding is not symmetric, and an asymmetric inverse drifts
-
-    def _factor(self, matrix: Tensor, ridge: float) -> Tensor:
-        factor = _try_factor(matrix, ridge)
-        if factor is None:
-            works = ridge or float(matrix.diagonal().mean()) * 1e-12
-            while _try_factor(matrix, works) is None and works < 1e300:
-                works *= 10
-            raise ValueError(
-                f"`ridge={ridge:g}` is too small to factorise the {self.in_features} x {self.in_features} system in "
-                f"{self.dtype}. Use `ridge={works:g}`, which works, or scale the features down."
-            )
-        return factor
+        mirrored(self._matrix)  # rounding is not symmetric, and an asymmetric inverse drifts
 
     def _allocate(self, device: torch.device) -> None:
         if self._matrix is not None:
             return
-        device = _statistics_device(device)
+        device = statistics_device(device)
         self._matrix = torch.zeros(self.in_features, self.in_features, dtype=self.dtype, device=device)
         if self.method == "woodbury":
             self._matrix.diagonal().fill_(1 / self._ridge)
@@ -523,62 +468,3 @@ class RecursiveLeastSquares:
                 "would spoil the whole solution. Leave those rows out, or find what made them."
             )
         return features, labels.long()
-
-
-def _checked_ridge(ridge: float) -> float:
-    ridge = float(ridge)
-    if not (ridge > 0 and math.isfinite(ridge)):
-        raise ValueError(
-            f"`ridge={ridge}`: without a positive, finite ridge the system has no unique solution. Use a small one, "
-            "such as 1e-3 times the mean square of the features."
-        )
-    return ridge
-
-
-def _try_factor(matrix: Tensor, ridge: float) -> Tensor | None:
-    """Lower Cholesky factor of ``matrix + ridge I`` (its lower triangle is read), or None."""
-    system = matrix.clone()
-    system.diagonal().add_(ridge)
-    factor, info = torch.linalg.cholesky_ex(system)
-    return factor if int(info) == 0 and bool(torch.isfinite(factor.diagonal()).all()) else None
-
-
-def _mirrored(matrix: Tensor) -> Tensor:
-    """Copy the lower triangle onto the upper one, in place, tile by tile."""
-    size = matrix.shape[0]
-    for top in range(0, size, _TILE):
-        corner = matrix[top : top + _TILE, top : top + _TILE]
-        corner.copy_(corner.tril() + corner.tril(-1).T)
-        matrix[top : top + _TILE, top + _TILE :] = matrix[top + _TILE :, top : top + _TILE].T
-    return matrix
-
-
-def _add_product(target: Tensor, left: Tensor, right: Tensor, sign: int) -> None:
-    """``target += sign * left^T right``, multiplied in the type of the operands, added in the target's."""
-    if left.dtype == target.dtype and left.device == target.device:
-        target.addmm_(left.T, right, alpha=sign)
-    else:
-        target.add_((left.T @ right).to(target.device, target.dtype), alpha=sign)
-
-
-def _statistics_device(device: torch.device) -> torch.device:
-    # MPS has no float64 at all: its products are added on the CPU.
-    return torch.device("cpu") if device.type == "mps" else device
-
-
-def _fast_in_float64(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) in _FAST_FLOAT64
-    return device.type == "cpu"
-
-
-@contextmanager
-def _full_float32() -> Iterator[None]:
-    """TF32 off: its 10-bit mantissa would put 1e-3 into the statistics. And no autocast."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False), torch.no_grad():
-            yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before

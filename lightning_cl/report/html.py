@@ -10,7 +10,7 @@ from html import escape
 from typing import Any
 
 from lightning_cl.metrics import TaskMatrix
-from lightning_cl.report import display, svg
+from lightning_cl.report import display, routing, svg
 from lightning_cl.report.run import Run, differences, unfinished
 
 _STYLE = """
@@ -36,6 +36,7 @@ th:first-child, td:first-child { text-align: left; padding-right: 28px; }
 th { font-weight: 600; color: #57606a; font-size: 13px; }
 td b { font-weight: 650; }
 td.left { text-align: left; }
+td .ends { white-space: nowrap; }
 td .ends, .note { color: #57606a; font-size: 12.5px; }
 td .none { color: #8c6d31; font-size: 12.5px; display: inline-block; max-width: 300px; text-align: right; }
 pre { background: #f6f8fa; border-radius: 6px; padding: 12px; overflow-x: auto; font-size: 12.5px; line-height: 1.45; }
@@ -115,11 +116,14 @@ def _figures(runs: Sequence[Run]) -> str:
     ]
     names = [escape(run.name) for run in runs]
     cells = [[_figure(run, key, column.get(key)) for key in keys] for run, column in zip(runs, columns, strict=True)]
-    if len(runs) > _MANY:
-        table = _table(heads, names, cells)
-    else:
+    if len(runs) <= _MANY:
         table = _table(names, heads, [list(row) for row in zip(*cells, strict=True)])
-    return f'<div class="card">{table}{_unit_note(runs)}</div>'
+        return f'<div class="card">{table}{_unit_note(runs)}</div>'
+    # A column without any value would only repeat its reason.
+    known = [i for i, key in enumerate(keys) if any(key in column and column[key][1] is not None for column in columns)]
+    table = _table([heads[i] for i in known], names, [[row[i] for i in known] for row in cells])
+    unknown = [f"{titles[key]}: none ({columns[0][key][2]})." for i, key in enumerate(keys) if i not in known]
+    return f'<div class="card">{table}{_unit_note(runs, unknown)}</div>'
 
 
 def _figure(run: Run, key: str, found: tuple[str, float | None, str, Any, float] | None) -> str:
@@ -143,8 +147,8 @@ def _table(columns: Sequence[str], rows: Sequence[str], cells: Sequence[Sequence
     return f"<table><tr><th></th>{head}</tr>{body}</table>"
 
 
-def _unit_note(runs: Sequence[Run]) -> str:
-    notes = ["Brackets: 95 % bootstrap intervals over the test rows."]
+def _unit_note(runs: Sequence[Run], more: Sequence[str] = ()) -> str:
+    notes = ["Brackets: 95 % bootstrap intervals over the test rows.", *more]
     if any(display.is_share(run.matrix, task) for run in runs for task in run.matrix.tasks):
         notes.append("Scores between 0 and 1 are shown in points (x 100).")
     flipped = sorted({task for run in runs for task in run.matrix.tasks if run.matrix.mode_of(task) == "min"})
@@ -161,7 +165,14 @@ def _side_by_side(runs: Sequence[Run]) -> str:
     for task in tasks:
         having = [run for run in runs if task in run.matrix.tasks]
         lines = [
-            _line(run.matrix, task, run.name, display.COLOURS[index % len(display.COLOURS)], dashed=index % 2 == 1)
+            # Twice as many looks as colours: the second round has solid and dashed lines the other way round.
+            _line(
+                run.matrix,
+                task,
+                run.name,
+                display.COLOURS[index % len(display.COLOURS)],
+                dashed=(index + index // len(display.COLOURS)) % 2 == 1,
+            )
             for index, run in enumerate(runs)
             if task in run.matrix.tasks
         ]
@@ -192,10 +203,7 @@ def _run(run: Run, alone: bool) -> str:
         parts += ["<h2>Loss terms</h2>", f'<div class="grid">{_terms(run)}</div>']
     if run.costs:
         parts += ["<h2>Cost</h2>", _costs(run)]
-    if run.routing is not None:
-        counts, learnt = run.routing
-        columns = list(dict.fromkeys([*learnt, *(name for row in counts.values() for name in row)]))
-        parts += ["<h2>Routing</h2>", f'<div class="card">{svg.confusion(counts, columns)}</div>']
+    parts.append(routing.section(run))
     return "".join(parts) + f"<h2>Origin</h2>{_origin(run)}</section>"
 
 

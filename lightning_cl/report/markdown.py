@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lightning_cl.report import display
+from lightning_cl.report import display, routing
 from lightning_cl.report.run import Run, differences, unfinished
 
 
@@ -19,7 +19,7 @@ def summary(runs: Sequence[Run], problems: Sequence[str] = (), checks: Sequence[
     """
     lines = ["### Forgetting report", "", *_figures(runs), ""]
     for run in runs:
-        lines += [*_last_row(run), ""]
+        lines += [*_last_row(run), "", *routing.summary(run)]
     flipped = sorted({task for run in runs for task in run.matrix.tasks if run.matrix.mode_of(task) == "min"})
     notes = ["Brackets: 95 % bootstrap over the test rows. Scores between 0 and 1 are in points (x 100)."]
     if flipped:

@@ -25,6 +25,7 @@ def show(trainer: pl.Trainer, matrix: TaskMatrix, table: bool, figures: Mapping[
         table: whether to print.
         figures: matplotlib figures by what is added to ``cl/task_matrix``.
     """
+    figures = _with_routing(trainer, figures)
     rows = display.figures_of(matrix, display.last_stage(matrix))
     loggers.log_scalars(trainer, {f"cl/{key}": value for key, _, value, _ in rows if value is not None})
     if table:
@@ -52,8 +53,10 @@ def write(
     Raises:
         OSError: if one cannot be written.
     """
-    made = {"routing": routing(trainer), "world_size": trainer.world_size, "provenance": provenance()}
-    results.write(folder, matrix, {**parts, **made}, stem=stem, figures=figures)
+    confusion = _confusion(trainer)
+    sent = None if confusion is None else confusion.document()
+    made = {"routing": sent, "world_size": trainer.world_size, "provenance": provenance()}
+    results.write(folder, matrix, {**parts, **made}, stem=stem, figures=_with_routing(trainer, figures))
 
 
 def check_writable(folder: Path, stem: str, size: int = 1 << 20) -> None:
@@ -69,13 +72,18 @@ def check_writable(folder: Path, stem: str, size: int = 1 << 20) -> None:
     probe.unlink()
 
 
-def routing(trainer: pl.Trainer) -> dict[str, Any] | None:
+def _confusion(trainer: pl.Trainer) -> Any:
     """Where a router has sent each task's samples, stage by stage, if the Trainer has one."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         confusion: Any = getattr(callback, "confusion", None)
         if getattr(confusion, "stages", None):
-            return {"stages": dict(confusion.stages), "learnt": dict(confusion.learnt)}
+            return confusion
     return None
+
+
+def _with_routing(trainer: pl.Trainer, figures: Mapping[str, Any]) -> Mapping[str, Any]:
+    confusion = _confusion(trainer) if figures else None
+    return figures if confusion is None else {**figures, "_routing": confusion.plot()}
 
 
 def _zeros(file: Any, size: int) -> None:

@@ -49,13 +49,10 @@ class Run:
         return {int(stage): cost for stage, cost in (self.document.get("costs") or {}).items()}
 
     @property
-    def routing(self) -> tuple[dict[str, dict[str, int]], list[str]] | None:
-        """The last routing confusion (counts by task and where it was sent) and the tasks learnt by then."""
+    def routing(self) -> dict[str, Any] | None:
+        """Where a router has sent the samples: ``stages``, ``learnt``, ``accuracy`` (by stage) and ``scores`` (by mode)."""
         routing = self.document.get("routing")
-        if not routing or not routing["stages"]:
-            return None
-        last = max(routing["stages"], key=int)
-        return routing["stages"][last], routing["learnt"][last]
+        return routing if routing and routing.get("stages") else None
 
     @property
     def made_by(self) -> dict[str, Any]:

@@ -1,19 +1,69 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which rows of a training step the router learns from: the batch's own, and general samples that are replayed."""
+"""What the router learns from while a task trains: features of the batch's own rows, and of replayed general samples."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_cl.replay.rows import layout_of
-from lightning_cl.routing.features import pool, prompt_mask, text_fields
+from lightning_cl.routing.features import pool, prompt_mask, shallow_modules, text_fields
+from lightning_cl.routing.statistics import RouterStatistics
 from lightning_cl.step import Step
 
-__all__ = ["new_general_rows", "task_rows"]
+__all__ = ["FeatureCollector", "new_general_rows", "task_rows"]
+
+
+class FeatureCollector:
+    """Takes the features of one task's rows from the forward passes that training runs anyway.
+
+    Args:
+        statistics: Where the features go.
+        column: The task's column.
+        joined_rows: Gives how many rows at the end of the batch are replayed ones.
+    """
+
+    def __init__(self, statistics: RouterStatistics, column: int, joined_rows: Callable[[], int]) -> None:
+        self.statistics = statistics
+        self.column = column
+        self._joined_rows = joined_rows
+        self._batch: Any = None  # whose features are still to come
+        self._frozen: list[nn.Module] = []
+
+    def freeze(self, module: nn.Module, feature_layer: str) -> None:
+        """Name the layers that run without dropout from here on, so that the features are those of serving."""
+        below = shallow_modules(module, feature_layer)
+        # A checkpointed block must stay in training mode, or it would store what it is meant to recompute.
+        self._frozen = [
+            part
+            for name, part in module.named_modules()
+            if name in below and part.training and not getattr(part, "gradient_checkpointing", False)
+        ]
+
+    def expect(self, batch: Any) -> None:
+        """The next pass is of this batch; None for one whose rows have counted already."""
+        for part in self._frozen:
+            part.training = False
+        self._batch = batch
+
+    def collect(self, hidden: Tensor, arguments: Mapping[str, Any]) -> None:
+        """Take the feature layer's output, if it is the pass that is waited for."""
+        # Reference passes run without gradients; checkpointed blocks run again in backward, when the batch is taken.
+        if self._batch is None or not torch.is_grad_enabled():
+            return
+        rows = task_rows(hidden, self._batch, arguments, self._joined_rows())
+        if rows is not None:
+            self._batch = None
+            self.statistics.observe(rows, self.column)
+
+    def release(self) -> None:
+        """Give the layers their dropout back."""
+        for part in self._frozen:
+            part.training = True
+        self._batch, self._frozen = None, []
 
 
 def task_rows(hidden: Tensor, batch: Any, arguments: Mapping[str, Any], replay: int) -> Tensor | None:

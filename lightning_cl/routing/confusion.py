@@ -68,7 +68,9 @@ class RoutingConfusion:
                     total.setdefault(task, {})[name] = total.get(task, {}).get(name, 0) + count
         self._running = {}
         if keep and total and learnt:
-            self.stages[len(learnt) - 1], self.learnt[len(learnt) - 1] = total, list(learnt)
+            # One row of the task matrix can take two evaluations: of tasks with test rows, and of those without.
+            self.stages.setdefault(len(learnt) - 1, {}).update(total)
+            self.learnt[len(learnt) - 1] = list(learnt)
         return _accuracy(total, learnt)
 
     def accuracy(self, stage: int | None = None) -> float | None:
@@ -100,12 +102,17 @@ class RoutingConfusion:
         axes.set_yticks(range(len(counts)), list(counts))
         axes.set_xlabel("sent to")
         axes.set_ylabel("task")
+        axes.set_title("Routing", loc="left", fontsize=11, fontweight="bold")
         for y, line in enumerate(shares):
             for x, share in enumerate(line):
                 axes.text(x, y, f"{share:.0%}", ha="center", va="center", color="white" if share > 0.6 else "black")
         if path is not None:
             figure.savefig(path)
         return figure
+
+    def document(self) -> dict[str, Any]:
+        """What a report shows: counts, tasks learnt and accuracy by stage, and the scores side by side."""
+        return {**self.state_dict(), "accuracy": {stage: self.accuracy(stage) for stage in sorted(self.stages)}}
 
     def state_dict(self) -> dict[str, Any]:
         """The kept stages."""

@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_cl.routing.confusion import RoutingConfusion
 from lightning_cl.routing.features import prompt_mask, text_fields
@@ -15,7 +19,16 @@ from lightning_cl.routing.router import BASE, Routes
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
-__all__ = ["MODES", "EvaluationMode", "EvaluationRouting", "Split", "check_mode", "task_of_loader", "task_scores"]
+__all__ = [
+    "MODES",
+    "EvaluationMode",
+    "EvaluationRouting",
+    "Split",
+    "aside",
+    "check_mode",
+    "task_of_loader",
+    "task_scores",
+]
 
 EvaluationMode = Literal["routed", "oracle", "base"]
 Split = Literal["val", "test"]
@@ -92,16 +105,52 @@ def task_of_loader(trainer: pl.Trainer, split: Split, dataloader_idx: int) -> st
     return stream.loader_tasks(split)[dataloader_idx].name if hasattr(stream, "loader_tasks") else None
 
 
-def task_scores(trainer: pl.Trainer, pl_module: pl.LightningModule, stream: Any) -> dict[str, float]:
-    """Each task's test score."""
+@contextmanager
+def aside(trainer: pl.Trainer) -> Iterator[str | None]:
+    """Evaluate without loggers and monitors, so that the scores go into no task matrix; gives the monitor's metric."""
+    runner: Any = trainer
+    callbacks, loggers = runner.callbacks, runner.loggers
+    metrics = [c.metric for c in callbacks if type(c).__name__ == "ForgettingMonitor"]
+    runner.callbacks = [c for c in callbacks if type(c).__name__ != "ForgettingMonitor"]
+    runner.loggers = []
+    try:
+        with isolate_rng():
+            yield metrics[0] if metrics else None
+    finally:
+        runner.callbacks, runner.loggers = callbacks, loggers
+
+
+def task_scores(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, stream: Any, metric: str | None = None
+) -> dict[str, float]:
+    """Each task's score on its test rows, or, where it has none, its validation rows.
+
+    Args:
+        trainer: The Trainer.
+        pl_module: The module.
+        stream: The ``TaskStream``.
+        metric: The metric's name; None: each task's own, or the only one that is logged.
+    """
     from lightning_cl.metrics import find_score
 
-    tasks = stream.loader_tasks("test")
-    logged: dict[str, Any] = {}
-    for entry in trainer.test(pl_module, datamodule=stream, verbose=False):
-        logged.update(entry)
-    found = {task.name: find_score(logged, i, len(tasks), task.name, None, task.metric) for i, task in enumerate(tasks)}
-    return {task: float(logged[name]) for task, (name, _) in found.items() if name is not None}
+    tests, validates = (is_overridden(step, pl_module) for step in ("test_step", "validation_step"))
+    by_test = [task for task in stream.tasks if tests and task.test is not None]
+    by_validation = [task for task in stream.tasks if validates and task.val is not None and task not in by_test]
+    scores: dict[str, float] = {}
+    for split, tasks, call in (("test", by_test, trainer.test), ("val", by_validation, trainer.validate)):
+        if not tasks:
+            continue
+        before, stream.row = stream.row, {"test": [], "val": [], split: tasks}
+        try:
+            logged = dict(i for entry in call(pl_module, datamodule=stream, verbose=False) for i in entry.items())
+        finally:
+            stream.row = before
+        for index, task in enumerate(tasks):
+            own = None if task.metric is None else task.metric.rpartition(".")[2]  # a class is logged by its name
+            name, _ = find_score(logged, index, len(tasks), task.name, metric, own)
+            if name is not None:
+                scores[task.name] = float(logged[name])
+    return scores
 
 
 def check_mode(mode: str) -> None:

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +16,14 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_cl.routing.features import Expansion
+from lightning_cl.strategies.files import DamagedCheckpointError, file_digest, write_atomically
 
 __all__ = ["BASE", "AnalyticRouter", "RouteClass", "Routes"]
 
 #: PEFT's name for "no adapter".
 BASE = "__base__"
 _FILE = "router.safetensors"
+_ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,16 @@ class AnalyticRouter:
 
     @torch.no_grad()
     def scores(self, pooled: Tensor) -> Tensor:
-        """Scores ``[B, K]`` of pooled hidden states ``[B, D]``; minus infinity for classes without rows."""
+        """Scores ``[B, K]`` of pooled hidden states ``[B, D]``; minus infinity for classes without rows.
+
+        Raises:
+            ValueError: For another width than the router was fitted on.
+        """
+        if pooled.shape[1] != self.expansion.in_features:
+            raise ValueError(
+                f"The feature layer {self.feature_layer!r} gives {pooled.shape[1]} numbers a sample, but the router was"
+                f" fitted on {self.expansion.in_features}. Use the model and `feature_layer` that it was fitted with."
+            )
         features = self.expansion(pooled)
         # Small ridges make large weights that cancel: float64, except on devices that have none.
         kind = torch.float32 if features.device.type == "mps" else torch.float64
@@ -100,7 +113,11 @@ class AnalyticRouter:
         return scores
 
     def route(self, pooled: Tensor) -> Routes:
-        """Choose a class and an adapter for each row of pooled hidden states ``[B, D]``."""
+        """Choose a class and an adapter for each row of pooled hidden states ``[B, D]``.
+
+        Raises:
+            ValueError: If hidden states are NaN or infinite, or of another width.
+        """
         scores = self.scores(pooled)
         best = scores.topk(min(2, scores.shape[1]), dim=1)
         second = best.values[:, 1] if scores.shape[1] > 1 else torch.zeros_like(best.values[:, 0])
@@ -108,15 +125,25 @@ class AnalyticRouter:
         margin = best.values[:, 0] - second.masked_fill(second == -torch.inf, 0.0)
         # One transfer for both: this is the only point at which the pass waits for the device.
         index, margins = torch.stack([best.indices[:, 0].to(margin.dtype), margin]).tolist()
+        bad = [row for row, value in enumerate(margins) if not math.isfinite(value)]
+        if bad:
+            raise ValueError(
+                f"The hidden states of {len(bad)} of {len(margins)} samples hold NaN or infinity at the feature layer"
+                f" {self.feature_layer!r} (first: sample {bad[0]}), so they have no route. Leave those samples out, or run"
+                " the model in a wider type (bfloat16 or float32 in place of float16)."
+            )
         chosen = [self.classes[int(i)] for i in index]
         limit = -torch.inf if self.min_margin is None else self.min_margin
         adapters = [BASE if m < limit else c.adapter for c, m in zip(chosen, margins, strict=True)]
         return Routes([c.name for c in chosen], adapters, margin, scores)
 
     def save(self, folder: str | Path) -> None:
-        """Write one small file, ``router.safetensors``: W and how to rebuild the features."""
-        from safetensors.torch import save_file
+        """Write one small file, ``router.safetensors``: W, how to rebuild the features, and the adapter files' sums."""
+        from safetensors.torch import save
 
+        folder = Path(folder)
+        weight = self.weight.detach().to("cpu", torch.float64).contiguous()
+        adapters = [f"{c.adapter}/{name}" for c in self.classes for name in _ADAPTER_FILES]
         about = {
             "format": 1,
             "feature_layer": self.feature_layer,
@@ -127,17 +154,24 @@ class AnalyticRouter:
             "classes": [[c.name, c.adapter] for c in self.classes],
             "seen": self.seen,
             "min_margin": self.min_margin,
+            "weight_sha256": _sha256(weight.numpy().tobytes()),
+            "files": {name: file_digest(folder / name) for name in adapters if (folder / name).is_file()},
         }
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        weight = self.weight.detach().to("cpu", torch.float64).contiguous()
-        save_file({"weight": weight}, Path(folder) / _FILE, metadata={"router": json.dumps(about)})
+        text = json.dumps(about)
+        metadata = {"router": text, "sha256": _sha256(text.encode())}
+        write_atomically(folder / _FILE, lambda file: file.write(save({"weight": weight}, metadata)))
 
     @classmethod
-    def load(cls, folder: str | Path) -> AnalyticRouter:
+    def load(cls, folder: str | Path, verify: bool = True) -> AnalyticRouter:
         """Read what `save` wrote.
+
+        Args:
+            folder: The folder.
+            verify: Check the adapters' files too.
 
         Raises:
             FileNotFoundError: If the folder holds no router.
+            DamagedCheckpointError: If a file of it is truncated or altered.
             MisconfigurationException: If this PyTorch makes other random numbers from the seed.
         """
         from safetensors import safe_open
@@ -148,9 +182,20 @@ class AnalyticRouter:
                 f"{str(folder)!r} holds no `{_FILE}`, so there is no router to load. Pass a folder that `save_routed` or"
                 " `RLSRouterFitter.export` wrote."
             )
-        with safe_open(path, framework="pt") as file:
-            about: dict[str, Any] = json.loads(file.metadata()["router"])
-            weight = file.get_tensor("weight")
+        try:
+            with safe_open(path, framework="pt") as file:
+                text, digest = (file.metadata()[key] for key in ("router", "sha256"))
+                weight = file.get_tensor("weight")
+            about: dict[str, Any] = json.loads(text)
+            whole = digest == _sha256(text.encode()) and about["weight_sha256"] == _sha256(weight.numpy().tobytes())
+        except Exception as error:
+            raise _damaged(path, f"it cannot be read ({type(error).__name__}: {error})") from error
+        if not whole:
+            raise _damaged(path, "its contents do not fit its checksum")
+        for name, expected in about["files"].items():
+            file_path = Path(folder) / name
+            if verify and file_path.is_file() and file_digest(file_path) != expected:
+                raise _damaged(file_path, "it was altered or cut since the router was written beside it")
         expansion = Expansion(about["in_features"], about["expansion_dim"], about["seed"])
         if expansion.fingerprint() != about["fingerprint"]:
             raise MisconfigurationException(
@@ -160,3 +205,14 @@ class AnalyticRouter:
             )
         classes = [RouteClass(name, adapter) for name, adapter in about["classes"]]
         return cls(about["feature_layer"], expansion, classes, weight, about["seen"], about["min_margin"])
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _damaged(path: Path, why: str) -> DamagedCheckpointError:
+    return DamagedCheckpointError(
+        f"{path} is damaged: {why}. Nothing of it was loaded. Export the folder anew, or copy it again; for a file that was"
+        " changed on purpose, `verify=False`."
+    )

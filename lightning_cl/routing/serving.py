@@ -74,12 +74,13 @@ def save_routed_state(folder: str | Path, state: Mapping[str, Any]) -> None:
     router.save(folder)
 
 
-def load_routed(model: Any, folder: str | Path) -> Any:
+def load_routed(model: Any, folder: str | Path, verify: bool = True) -> Any:
     """Load adapters and router into a base model; from then on it routes by itself, in calls and in ``generate``.
 
     Args:
         model: The Hugging Face model that the adapters were trained on, whole or in 4 bits, without adapters.
         folder: What `RLSRouterFitter.export` or `save_routed` wrote.
+        verify: Refuse adapter files that are not as they were written; False for ones that were changed on purpose.
 
     Returns:
         The :class:`peft.PeftModel`, in evaluation mode. ``model.routed`` is its
@@ -88,12 +89,13 @@ def load_routed(model: Any, folder: str | Path) -> Any:
 
     Raises:
         FileNotFoundError: If the folder lacks the router or an adapter.
+        DamagedCheckpointError: If a file is truncated or altered.
         MisconfigurationException: If the model has no such feature layer (with the closest names), adapters already,
             or another width, or if an adapter reaches the feature layer.
     """
     from peft import PeftModel
 
-    router = AnalyticRouter.load(folder)
+    router = AnalyticRouter.load(folder, verify)
     if anatomy.has_lora(model):
         raise MisconfigurationException(
             "The model has adapter layers already, so names and layers could collide. Pass the base model without adapters."

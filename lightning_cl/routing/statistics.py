@@ -49,6 +49,11 @@ class RouterStatistics:
         self.classes.append(RouteClass(name, adapter))
         return len(self.classes) - 1
 
+    def knows(self, adapter: str) -> bool:
+        """Whether the finished tasks had rows of the class that this adapter answers for."""
+        seen = dict(enumerate(self.total.counts.tolist()))
+        return any(c.adapter == adapter and seen.get(column) for column, c in enumerate(self.classes))
+
     def observe(self, pooled: Tensor, label: int) -> None:
         """Take rows ``[N, D]`` of one class into the running task's sums."""
         if self.expansion is None:

@@ -16,19 +16,29 @@ from lightning_cl.callbacks import RLSRouterFitter
 from tests.helpers import models
 
 DIM = 64
+EXPECTED = [f"task_{i % 3}" for i in range(6)]
+
+
+#: Wordings of an instruction that all tasks share.
+WORDINGS = [range(120, 126), range(114, 120), range(108, 114)]
 
 
 class TaskRows(Dataset):
-    """Rows of prompt and answer. Tasks use their own tokens, or (``shared``) the same frame around own tokens."""
+    """Rows of prompt and answer; each task has its own tokens.
 
-    def __init__(self, task: int, rows: int = 16, shared: bool = False, seed: int = 0) -> None:
+    ``instruction``: none, ``"own"`` (a frame that names the task), ``"shared"`` (the same frame around every task's
+    prompts), or ``"paraphrased"`` (the same, each row in one of several wordings).
+    """
+
+    def __init__(self, task: int, rows: int = 16, instruction: str = "", seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(100 * task + seed)
         self.rows = []
-        for _ in range(rows):
+        for row in range(rows):
             n = int(torch.randint(4, 9, (1,), generator=generator))
             prompt = 4 + 40 * task + torch.randint(6, (n,), generator=generator)
-            if shared:
-                frame = torch.arange(120, 126)  # the same instruction in every task
+            if instruction:
+                wording = WORDINGS[row % 3 if instruction == "paraphrased" else 0]
+                frame = torch.tensor(range(30 + 40 * task, 36 + 40 * task) if instruction == "own" else wording)
                 prompt = torch.cat([frame, prompt, frame.flip(0)])
             answer = torch.full((2,), 4 + 40 * task)
             ids = torch.cat([prompt, answer])
@@ -161,3 +171,22 @@ def stream(rank: int, folder: Path) -> dict[str, Any]:
     trainer = models.trainer(folder, callbacks=[router], max_epochs=1, max_steps=-1, strategy="cl_fsdp", devices=2)
     fit_stream(trainer, lm, data)
     return {"stages": router.confusion.stages, "names": router._bank.names, "adapters": adapters(router)}
+
+
+def stream_of(tasks: int = 3) -> TaskStream:
+    return TaskStream(
+        [
+            Task(f"t{k}", train=TaskRows(k), val=TaskRows(k, rows=6, seed=3), test=TaskRows(k, rows=6, seed=4))
+            for k in range(tasks)
+        ],
+        batch_size=4,
+        collate_fn=models.collate,
+    )
+
+
+def routes(router: RLSRouterFitter, lm: Any) -> list[str]:
+    batch = mixed()
+    lm.eval()
+    with torch.no_grad():
+        lm.model(**batch)
+    return router.routed.last.adapters

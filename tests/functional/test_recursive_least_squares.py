@@ -94,7 +94,7 @@ def test_a_task_taken_out_was_never_seen(method, seed, gone):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_statistics_are_the_sums_and_stay_symmetric(method, monkeypatch):
-    monkeypatch.setattr("lightning_cl.functional.recursive_least_squares._TILE", 5)  # several tiles, the last one short
+    monkeypatch.setattr("lightning_cl.functional.gram._TILE", 5)  # several tiles, the last one short
     features, labels = problem(rows=200)
     learner = RecursiveLeastSquares(12, method=method)
     for rows, wanted in zip(features.split(17), labels.split(17), strict=True):
@@ -309,3 +309,17 @@ def test_other_misuse_is_refused():
         recursion.downdate(5 * torch.eye(4)[:1], torch.tensor([0]))
     with pytest.raises(ValueError, match="made with `in_features=4`, but this object has `in_features=5`"):
         RecursiveLeastSquares(5).load_state_dict(learner.state_dict())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["cholesky", "woodbury"])
+def test_the_fit_on_the_device_is_that_of_the_cpu(method):
+    features, labels = torch.randn(300, 40), torch.arange(300) % 3
+    here, there = RecursiveLeastSquares(40, method=method), RecursiveLeastSquares(40, method=method)
+    for rows, wanted in zip(features.split(70), labels.split(70), strict=True):
+        here.update(rows, wanted)
+        there.update(rows.cuda(), wanted.cuda())
+    assert there.weight.is_cuda
+    torch.testing.assert_close(there.weight.cpu(), here.weight, atol=1e-10, rtol=1e-8)
+    if method == "cholesky":
+        assert there.choose_ridge() == pytest.approx(here.choose_ridge(), rel=1e-9)
