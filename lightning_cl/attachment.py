@@ -89,8 +89,8 @@ class Attachment:
         self._undo: list[Callable[[], None]] = []
         self._installed = False
         self._finite = FiniteGuard()
-        # Numbers that are logged, on the device.
-        self._constants: dict[float, Tensor] = {}
+        # Numbers as they were last logged, and in which epoch.
+        self._logged: dict[str, tuple[float, int]] = {}
 
     # ------------------------------------------------------------------ life
 
@@ -299,10 +299,12 @@ class Attachment:
 
     def _log(self, name: str, value: Tensor | float) -> None:
         if not isinstance(value, Tensor):
-            # Lightning would copy a number to the device anew in each step, and wait for the device to do so.
-            if value not in self._constants:
-                self._constants[value] = torch.tensor(float(value), device=self.module.device)
-            value = self._constants[value]
+            # Once, until it changes: what was logged stays until the epoch ends. As a tensor, since Lightning waits for
+            # the device when it is given a number.
+            if self._logged.get(name) == (value, self.trainer.current_epoch):
+                return
+            self._logged[name] = (value, self.trainer.current_epoch)
+            value = torch.tensor(float(value)).to(self.module.device, non_blocking=True)
         self.module.log(f"cl/{name}", value, batch_size=1)
 
     def _with_terms(self, loss: Tensor, step: Step, raw: dict[str, Any], loss_index: int | None = None) -> Tensor:

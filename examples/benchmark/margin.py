@@ -20,6 +20,7 @@ import shutil
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,11 @@ from lightning_cl.replay import GeneralSamples
 from lightning_cl.replay.reference_states import ReferenceStates
 from lightning_cl.weights import adapters_disabled
 
+TITLES = {
+    "overhead": "On top of replay alone",
+    "released": "Against the released form (speed_up: its step time over ours)",
+    "collect": "Taking the reference, against the bare forward passes",
+}
 LORA = {"r": 8, "lora_alpha": 32, "target_modules": ["q_proj", "k_proj"], "task_type": "CAUSAL_LM"}
 
 
@@ -244,7 +250,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "warmup": 5,
         "rows": 32,
         "replay_rows": 8,
-        "samples_released": 64,
+        "samples_released": 32,
         "overhead_rows": 16,
         "overhead_replay_rows": 4,
         "overhead_tokens": 512,
@@ -266,18 +272,16 @@ def main(argv: list[str] | None = None) -> int:
     """Check, time, print, write."""
     args = parse(argv)
     quiet()
-    if args.only in (None, "overhead"):
-        found = [compare_overhead(args.big_shape, args)]
-        write(args.out, {"overhead": found})
-        table("On top of replay alone", found)
-    if args.only in (None, "released"):
-        found = [compare_released(shape, args) for shape in args.shapes]
-        write(args.out, {"released": found})
-        table("Against the released form (speed_up: its step time over ours)", found)
-    if args.only in (None, "collect"):
-        found = [compare_collecting(args.big_shape, args)]
-        write(args.out, {"collect": found})
-        table("Taking the reference, against the bare forward passes", found)
+    released = [("released", partial(compare_released, shape, args)) for shape in args.shapes]
+    jobs = [("overhead", partial(compare_overhead, args.big_shape, args)), *released]
+    jobs.insert(2, ("collect", partial(compare_collecting, args.big_shape, args)))
+    found: dict[str, list[dict[str, Any]]] = {}
+    for part, measure in jobs:
+        if args.only in (None, part):
+            found.setdefault(part, []).append(measure())
+            # At once: a run that is cut short leaves what it has.
+            write(args.out, found)
+            table(TITLES[part], found[part])
     return 0
 
 

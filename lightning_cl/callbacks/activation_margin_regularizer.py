@@ -18,7 +18,6 @@ from typing_extensions import override
 from lightning_cl import anatomy, weights
 from lightning_cl.callbacks.base import ContinualCallback
 from lightning_cl.distributed import world_size
-from lightning_cl.functional.dual_weight import DualWeight
 from lightning_cl.functional.margin import (
     activation_margin_loss,
     check_num_std,
@@ -27,8 +26,9 @@ from lightning_cl.functional.margin import (
 )
 from lightning_cl.replay.collecting import to_device, without_first_token
 from lightning_cl.replay.identity import row_key
-from lightning_cl.replay.reference_states import ReferenceOptions, ReferenceStates, fixed_rows
+from lightning_cl.replay.reference_states import ReferenceOptions, ReferenceStates, cut_differently, fixed_rows
 from lightning_cl.step import Step
+from lightning_cl.term_weight import TermWeight
 
 _Objective = Literal["margin", "l1", "l2"]
 _Reference = Literal["stored", "recompute"]
@@ -140,7 +140,12 @@ class ActivationMarginRegularizer(ContinualCallback):
         if not 0 < max_weight < math.inf:
             raise ValueError(
                 f"`ActivationMarginRegularizer(max_weight={max_weight})`: the bound of the weight must be a finite number"
-                " > 0."
+                " > 0. Use the paper's largest weight, 100."
+            )
+        if target is not None and not 0 < float(weight) <= max_weight:
+            raise ValueError(
+                f"`ActivationMarginRegularizer(target={target}, weight={weight}, max_weight={max_weight})`: the first"
+                " weight must lie above 0 and at most at the bound, since it moves by factors. Leave `weight` at 1.0."
             )
         check_num_std(num_std)
         self.layers = [layers] if isinstance(layers, str) else list(layers)
@@ -165,8 +170,7 @@ class ActivationMarginRegularizer(ContinualCallback):
         self.allow_other_model = allow_other_model
         self.skip_first_token = skip_first_token
         self.collect_batch_size = collect_batch_size
-        self._dual = None if target is None else DualWeight(target, initial=float(weight), maximum=max_weight)
-        self._weighted_at = -1
+        self._weight = TermWeight(weight, target, max_weight)
         self._reference = ReferenceStates(
             ReferenceOptions(
                 objective,
@@ -181,8 +185,6 @@ class ActivationMarginRegularizer(ContinualCallback):
         )
         self._watched: list[str] = []
         self._sources: set[str] = set()
-        self._limits: dict[str, tuple[Tensor, Tensor]] = {}
-        self._lengths_checked = False
         # Tokens of an optimizer step, by its number.
         self._counted: tuple[int, Tensor] = (-1, torch.zeros(()))
         self._fused: Callable[..., Tensor] | None = None
@@ -207,12 +209,7 @@ class ActivationMarginRegularizer(ContinualCallback):
     @override
     def prepare_task(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse a run that has no replay rows."""
-        if not any(getattr(callback, "adds_replay_rows", False) for callback in trainer.callbacks):  # type: ignore[attr-defined]
-            raise MisconfigurationException(
-                "`ActivationMarginRegularizer` holds the activations of replay rows, and no callback of this Trainer adds"
-                " any. Add `ReplayMixer(GeneralSamples(...))` to `Trainer(callbacks=[...])`, or `--config"
-                " callbacks/replay_mixer.yaml`."
-            )
+        self.require_replay_rows(trainer)
 
     @override
     def on_task_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -237,9 +234,8 @@ class ActivationMarginRegularizer(ContinualCallback):
         if self._is_exact and self._accumulated(trainer, pl_module) > 1:
             self.attachment.draw_ahead(self)
         # A new Trainer counts its steps from 0 again.
-        self._limits.clear()
-        self._lengths_checked = False
-        self._weighted_at, self._counted = -1, (-1, torch.zeros(()))
+        self._weight.restart()
+        self._counted = (-1, torch.zeros(()))
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -289,7 +285,11 @@ class ActivationMarginRegularizer(ContinualCallback):
                 self._layer_loss(name, rows, masks[name], [replay.ids[i] for i in covered], reference, tokens)
             )
         loss = None if not losses else losses[0] if len(losses) == 1 else torch.stack(losses).mean()
-        factor = self._weight(loss, step)
+        module = self.attachment.module
+        factor, measured = self._weight.factor(loss, step.task_loss, module.global_step)  # type: ignore[arg-type]
+        if measured is not None:
+            module.log(f"cl/{self.term}_loss", measured, batch_size=1)
+            module.log(f"cl/{self.term}_weight", factor, batch_size=1)
         return None if loss is None else factor * loss
 
     def _covers(self, key: str, source: str) -> bool:
@@ -307,12 +307,12 @@ class ActivationMarginRegularizer(ContinualCallback):
     ) -> Tensor:
         if self.objective != "margin":
             if reference is None:
-                reference = self._stored(name, hidden, mask, keys)
+                reference = self._reference.batch(name, keys, mask, hidden.device)
             total = feature_imitation_loss(hidden, reference, self._held(mask), self.objective, "sum")
         else:
-            lower, upper = self._thresholds_on(name, hidden.device)
+            lower, upper = self._reference.thresholds(name, hidden.device)
             if reference is None:
-                states = self._stored(name, hidden, mask, keys)
+                states = self._reference.batch(name, keys, mask, hidden.device)
             else:
                 states = encode_activation_states(reference, lower, upper)
             reduction = "violations" if tokens is None else "sum"
@@ -347,40 +347,8 @@ class ActivationMarginRegularizer(ContinualCallback):
         if token_mask is None:
             return torch.ones(len(covered), hidden.shape[1], dtype=torch.bool, device=hidden.device)
         if token_mask.shape[1] != hidden.shape[1]:
-            raise self._truncated(f"{hidden.shape[1]} tokens a row, the batch {token_mask.shape[1]}")
+            raise cut_differently(f"{hidden.shape[1]} tokens a row, the batch {token_mask.shape[1]}")
         return _rows_of(token_mask, covered, count)
-
-    def _stored(self, name: str, hidden: Tensor, mask: Tensor | None, keys: list[str]) -> Tensor:
-        """The rows' stored states (or activations), each beside its token: ``[R, T, W]`` or ``[R, W]``."""
-        states = self._reference.states
-        assert states is not None
-        width = 1 if mask is None else mask.shape[1]
-        lengths = torch.tensor([states.tokens(key) for key in keys])
-        if int(lengths.max()) > width:
-            raise self._truncated(f"{width} tokens a row, whose stored states have up to {int(lengths.max())}")
-        if mask is not None and (not self._lengths_checked or not hidden.is_cuda):
-            # On a GPU in the first step only: it waits for the device.
-            here = mask.cpu()
-            if not torch.equal(here, torch.arange(width) < lengths[:, None]):
-                counts = zip(keys, here.sum(1).tolist(), lengths.tolist(), strict=True)
-                key, new, old = next(((k, n, m) for k, n, m in counts if n != m), (keys[0], "other", "first"))
-                raise self._truncated(f"{new} tokens in row {key!r}, whose stored states have {old}")
-            self._lengths_checked = True
-        rows = states.batch(name, keys, width, pin_memory=hidden.is_cuda).to(hidden.device, non_blocking=True)
-        return rows[:, 0] if mask is None else rows
-
-    def _truncated(self, found: str) -> MisconfigurationException:
-        return MisconfigurationException(
-            f"The watched modules {self._watched} saw {found}: replay rows are cut differently than when the states were"
-            " taken, so tokens and states cannot be matched. Cut rows in the data (`GeneralSamples(max_tokens=...)`) and"
-            " not in `training_step`, and keep the setting."
-        )
-
-    def _thresholds_on(self, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
-        if name not in self._limits:
-            lower, upper = self._reference.thresholds(name).to(device)
-            self._limits[name] = (lower, upper)
-        return self._limits[name]
 
     def _total_tokens(self, step: Step, covered: list[int], mask: Tensor | None, width: int) -> Tensor:
         """Tokens that count in the whole optimizer step, over the factors that Lightning and the ranks divide by."""
@@ -391,7 +359,7 @@ class ActivationMarginRegularizer(ContinualCallback):
             if accumulated > 1:
                 skipped = int(self.skip_first_token and width > 0)
                 rows = [row for row in step.replay.window or () if self._covers(row_key(row), row.source)]
-                lengths = [row.length if "input_ids" in row.content else max(width, 1) for row in rows]
+                lengths = [row.length if width and "input_ids" in row.content else max(width, 1) for row in rows]
                 count = torch.full((), float(sum(max(n - skipped, 0) for n in lengths)), device=device)
             else:
                 held = self._held(mask)
@@ -401,38 +369,11 @@ class ActivationMarginRegularizer(ContinualCallback):
             self._counted = (trainer.global_step, count)
         return self._counted[1].clamp_min(1.0) / (world_size() * accumulated)
 
-    # ------------------------------------------------------------------- the weight
-
-    def _weight(self, loss: Tensor | None, step: Step) -> Tensor | float:
-        if self._dual is None and self.weight != "dynamic":
-            assert not isinstance(self.weight, str)
-            return self.weight
-        module = self.attachment.module
-        assert step.task_loss is not None
-        measured = torch.zeros(3, dtype=torch.float32, device=step.task_loss.device)
-        if loss is not None:
-            measured = torch.stack([loss.detach().float(), step.task_loss.float(), torch.ones_like(measured[0])])
-        if world_size() > 1:
-            # Every rank must use the same weight, also one whose replay rows of this step carry no states.
-            dist.all_reduce(measured)
-        mean = measured[0] / measured[2].clamp_min(1)
-        if self._dual is None:
-            factor = (measured[1] / measured[2].clamp_min(1) / (mean + 1e-8)).clamp_max(self.max_weight)
-        elif self._weighted_at == module.trainer.global_step:
-            factor = self._dual.weight.to(mean.device)
-        else:
-            # Once an optimizer step, also when that accumulates several batches.
-            factor = self._dual.update(torch.where(measured[2] > 0, mean, torch.nan))
-            self._weighted_at = module.trainer.global_step
-        module.log(f"cl/{self.term}_loss", mean, batch_size=1)
-        module.log(f"cl/{self.term}_weight", factor, batch_size=1)
-        return factor
-
     @override
     def on_task_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say whether the target was met."""
-        if self._dual is not None:
-            met, average, factor = self._dual.status()
+        if self._weight.dual is not None:
+            met, average, factor = self._weight.dual.status()
             if not met:
                 rank_zero_warn(
                     f"`ActivationMarginRegularizer(target={self.target})` was not met: the loss ended at {average:.4g} with"
@@ -447,7 +388,7 @@ class ActivationMarginRegularizer(ContinualCallback):
         return {
             **super().state_dict(),
             "reference": self._reference.state_dict(),
-            "dual": None if self._dual is None else self._dual.state_dict(),
+            "dual": self._weight.state_dict(),
         }
 
     @override
@@ -457,9 +398,7 @@ class ActivationMarginRegularizer(ContinualCallback):
         if "reference" not in state_dict:
             return
         self._reference.load_state_dict(state_dict["reference"])
-        self._limits.clear()
-        if self._dual is not None and state_dict["dual"] is not None:
-            self._dual.load_state_dict(state_dict["dual"])
+        self._weight.load_state_dict(state_dict["dual"])
 
 
 def _full_name(module: pl.LightningModule, name: str) -> str:

@@ -61,8 +61,9 @@ class ActivationCollector:
     as sharded weights need. Activations wait on the device (or on the CPU if they are too many) until the thresholds
     are known, so that the network runs once over each row and no more.
 
-    Hugging Face models are called with the inputs that they know (and asked for the logits of one token only); any
-    other module runs its own ``training_step``, whose logging is dropped, or under manual optimization its network.
+    Hugging Face models that hold the chosen submodules are called with the inputs that they know (and asked for the
+    logits of one token only); any other module runs its own ``training_step``, whose logging is dropped, or under manual
+    optimization its network.
 
     Args:
         trainer: the running Trainer.
@@ -179,11 +180,10 @@ class ActivationCollector:
         """Write everybody's states into the store; the activations are let go one by one."""
         for name, limits in thresholds.items():
             store.layers[name].thresholds.copy_(limits)
-            kept = store.layers[name].rows
 
-            def write(packed: Tensor, keys: list[str], lengths: list[int], kept: Tensor = kept) -> None:
+            def write(packed: Tensor, keys: list[str], lengths: list[int], name: str = name) -> None:
                 for key, piece in zip(keys, packed.split(lengths), strict=True):
-                    kept[store.place(key)] = piece
+                    store.put(name, key, piece)
 
             copies = _Copies(write)
             for index, batch in enumerate(held):
@@ -256,9 +256,14 @@ class ActivationCollector:
             anatomy.find_backbone(self._module, next(iter(self._layers)))[1](next(iter(columns.values())))
 
     def _network(self) -> nn.Module | None:
-        """The module to call on token ids: the FSDP2 root around the language model if there is one, else the model."""
+        """The module to call on token ids: the FSDP2 root around the language model if there is one, else the model.
+
+        None if there is no language model, or a watched module is not a part of it.
+        """
         model = anatomy.pretrained_model(self._module)
         if model is None or "input_ids" not in inspect.signature(model.forward).parameters:
+            return None
+        if not set(self._layers.values()) <= set(model.modules()):
             return None
         for name, part in self._module.named_modules():
             if name and hasattr(part, "_get_fsdp_state") and any(inner is model for inner in part.modules()):

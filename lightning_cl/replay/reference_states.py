@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -66,16 +67,56 @@ class ReferenceStates:
         self._copy = WeightAnchor(options.anchor)
         self._copied_at = -1
         self._module: pl.LightningModule | None = None
+        # Thresholds where the activations are, and whether rows and states were once compared token by token.
+        self._limits: dict[str, tuple[Tensor, Tensor]] = {}
+        self._lengths_checked = False
 
     def bind(self, module: pl.LightningModule) -> Callable[[], Any]:
         """Belong to this module from now on; gives the context that holds the reference's weights in it."""
         self._module = module
         self._copy.rebind()
+        self._forget_device()
         return lambda: self._copy.inside(module)
 
-    def thresholds(self, layer: str) -> Tensor:
-        """``[2, D]`` float32 on the CPU: lower, upper."""
-        return self._thresholds[layer] if self.states is None else self.states.layers[layer].thresholds
+    def thresholds(self, layer: str, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Lower and upper threshold of each dimension, ``[D]`` float32 each."""
+        if layer not in self._limits:
+            kept = self._thresholds[layer] if self.states is None else self.states.layers[layer].thresholds
+            lower, upper = kept.to(device)
+            self._limits[layer] = (lower, upper)
+        return self._limits[layer]
+
+    def batch(self, layer: str, keys: Sequence[str], mask: Tensor | None, device: torch.device) -> Tensor:
+        """The stored states (or activations) of some rows, each beside its token: ``[R, T, W]``, or ``[R, W]``.
+
+        Args:
+            layer: name of the layer.
+            keys: ids of the rows.
+            mask: bool ``[R, T]``, True at real tokens; None for rows that have one activation each.
+            device: where the rows are wanted; nothing waits for the copy.
+
+        Raises:
+            MisconfigurationException: if the rows have other tokens than when the states were taken.
+        """
+        states = self.states
+        assert states is not None
+        width = 1 if mask is None else mask.shape[1]
+        lengths = torch.tensor([states.tokens(key) for key in keys])
+        if int(lengths.max()) > width:
+            raise cut_differently(f"{width} tokens a row, and rows whose stored states have {int(lengths.max())}")
+        on_gpu = device.type == "cuda"
+        if mask is not None and not (on_gpu and self._lengths_checked):
+            # On a GPU in the first step only: it waits for the device.
+            self._lengths_checked = True
+            here = mask.sum(1).cpu()
+            if not torch.equal(mask.cpu(), torch.arange(width) < lengths[:, None]):
+                key, new, old = next(
+                    ((k, int(n), int(m)) for k, n, m in zip(keys, here, lengths, strict=True) if n != m),
+                    (keys[0], "padding before the", "it behind them"),
+                )
+                raise cut_differently(f"{new} tokens in row {key!r}, whose stored states have {old}")
+        rows = states.batch(layer, keys, width, pin_memory=on_gpu).to(device, non_blocking=True)
+        return rows[:, 0] if mask is None else rows
 
     def take(
         self,
@@ -144,6 +185,7 @@ class ReferenceStates:
                     trainer, module, layers, pad_values, options.batch_size, options.skip_first_token
                 )
                 self._collect(trainer, collector, rows, manifest)
+        self._forget_device()
         self._taken = {"task": task_index, "rows": digest, "count": len(rows), "settings": settings}
         self._taken["digest"] = None if self.states is None else self.states.digest
 
@@ -289,6 +331,20 @@ class ReferenceStates:
         self._thresholds = dict(state["thresholds"])
         self._copy.load_state_dict(state["copy"])
         self._copied_at = state["copied_at"]
+        self._forget_device()
+
+    def _forget_device(self) -> None:
+        self._limits.clear()
+        self._lengths_checked = False
+
+
+def cut_differently(found: str) -> MisconfigurationException:
+    """Tokens and states that cannot be matched; ``found`` says what the watched modules saw."""
+    return MisconfigurationException(
+        f"The watched modules saw {found}: replay rows are cut differently than when the states were taken, so tokens and"
+        " states cannot be matched. Cut rows in the data (`GeneralSamples(max_tokens=...)`) and not in `training_step`,"
+        " and keep the setting."
+    )
 
 
 def fixed_rows(sources: list[Any]) -> list[Row]:

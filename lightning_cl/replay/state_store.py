@@ -171,10 +171,10 @@ class StateStore:
         """Number of tokens of a row when its states were taken."""
         return self._place[row][1]
 
-    def place(self, row: str) -> slice:
-        """Where in its layer's ``rows`` the tokens of a row lie."""
+    def put(self, layer: str, row: str, states: Tensor) -> None:
+        """Write a row's states, ``[tokens, W]`` on the CPU, before the store is sealed."""
         start, tokens = self._place[row]
-        return slice(start, start + tokens)
+        _bytes(self.layers[layer].rows)[start : start + tokens] = _bytes(states)
 
     def batch(self, layer: str, rows: Sequence[str], width: int, pin_memory: bool = False) -> Tensor:
         """The states of some rows as they lie in a padded batch: ``[R, width, W]``, on the CPU, zero at the padding.
@@ -187,11 +187,11 @@ class StateStore:
         """
         stored = self.layers[layer].rows
         out = torch.empty(len(rows), width, stored.shape[1], dtype=stored.dtype, pin_memory=pin_memory)
+        to, origin = _bytes(out), _bytes(stored)
         for i, row in enumerate(rows):
             start, tokens = self._place[row]
-            out[i, :tokens] = stored[start : start + tokens]
-            if tokens < width:
-                out[i, tokens:].zero_()
+            to[i, :tokens] = origin[start : start + tokens]
+            to[i, tokens:] = 0
         return out
 
     def nbytes(self) -> int:
@@ -284,6 +284,15 @@ class StateStore:
         rows = self._blob[entry["rows_at"] :][:size].view(dtype).view(tokens, entry["width"])
         thresholds = self._blob[entry["thresholds_at"] :][: 8 * entry["dim"]].view(torch.float32)
         return LayerStates(rows, thresholds.view(2, entry["dim"]))
+
+
+def _bytes(tensor: Tensor) -> Any:
+    """The tensor as bytes in NumPy, which copies in the calling thread.
+
+    PyTorch would divide each small copy among all threads, and waits tens of milliseconds for them on a busy host, in the
+    middle of a step.
+    """
+    return tensor.view(torch.uint8).numpy()
 
 
 def _aligned(size: int) -> int:

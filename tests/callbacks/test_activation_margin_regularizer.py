@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from lightning_cl.callbacks import ActivationMarginRegularizer, ReplayMixer
+from lightning_cl.functional import activation_margin_loss, activation_thresholds, encode_activation_states
 from lightning_cl.replay import EpisodicMemory, GeneralSamples, SelfGenerated
 from lightning_cl.weights import adapters_disabled
 from tests.callbacks.margin_tools import (
@@ -221,6 +222,68 @@ class Vectors(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), lr=1.0)
+
+
+def test_mean_is_exact_where_the_last_step_of_an_epoch_is_shorter(tmp_path: Path) -> None:
+    callback = Recorder(reduction="mean")
+    fit(
+        tmp_path, callback, module(lr=0.1), ReplayMixer(source(), rows_per_batch=2), accumulate_grad_batches=3,
+        max_steps=-1, max_epochs=1,
+    )  # fmt: skip
+    h0 = references(module().model)
+    tokens = torch.cat(list(h0.values()))
+    lower, upper = activation_thresholds(tokens)
+    for window in (callback.steps[:3], callback.steps[3:]):
+        total, entries = 0.0, 0
+        for step in window:
+            ((_, hidden),) = step["hidden"].items()
+            for row, key in enumerate(step["ids"]):
+                h, r = hidden[row, : len(h0[key])], h0[key]
+                states = encode_activation_states(r, lower, upper)
+                total += float(activation_margin_loss(h, states, lower, upper, reduction="sum"))
+                entries += h.numel()
+        # Lightning divides each batch's loss by the batches of a full step, also in the shorter one.
+        assert sum(float(step["value"].detach()) for step in window) / 3 == pytest.approx(
+            total / entries, rel=1e-4, abs=1e-7
+        )
+    assert [len(callback.steps[:3]), len(callback.steps[3:])] == [3, 1]
+
+
+class Pooled(models.PlainLM):
+    """Watched where each row has one activation, whatever its tokens."""
+
+    def __init__(self, network: Any, **kwargs: Any) -> None:
+        super().__init__(network, **kwargs)
+        self.pool = torch.nn.Linear(32, 6)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        output = self.model(**batch, output_hidden_states=True)
+        mask = batch["attention_mask"].unsqueeze(-1)
+        mean = (output.hidden_states[-1] * mask).sum(1) / mask.sum(1)
+        return output.loss + 0.0 * self.pool(mean).square().mean()
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_one_activation_a_row_of_tokens(tmp_path: Path, accumulate: int) -> None:
+    torch.manual_seed(3)
+    callback, net = Recorder(layers="pool", reduction="mean"), Pooled(models.tiny_llama(), lr=0.3)
+    fit(
+        tmp_path, callback, net, ReplayMixer(source(), rows_per_batch=2, layout="joined"),
+        accumulate_grad_batches=accumulate, max_steps=4 // accumulate,
+    )  # fmt: skip
+    stored = callback._reference.states
+    assert {stored.tokens(row) for row in stored.rows} == {1}
+    lower, upper = stored.layers["pool"].thresholds
+    for start in range(0, 4, accumulate):
+        window = callback.steps[start : start + accumulate]
+        total = 0.0
+        for step in window:
+            hidden = step["hidden"]["pool"]
+            states = stored.batch("pool", step["ids"], 1)[:, 0]
+            total += float(activation_margin_loss(hidden, states, lower, upper, reduction="sum"))
+        got = sum(float(step["value"].detach()) for step in window) / accumulate
+        assert got == pytest.approx(total / (2 * accumulate * 6), rel=1e-4, abs=1e-7)
+    assert float(callback.steps[-1]["value"].detach()) > 0
 
 
 @pytest.mark.parametrize("manual", [False, True])

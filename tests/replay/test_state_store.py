@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_cl.functional.fingerprint import tensor_fingerprint
-from lightning_cl.replay.state_store import LayerStates, StateStore, StoreError
+from lightning_cl.replay.state_store import LayerShape, LayerStates, StateStore, StoreError
 
 MANIFEST = {"weights": "abc", "layers": ["norm"], "num_std": 1.0, "shape": [1, 2]}
 
@@ -68,11 +68,26 @@ def test_rows_come_out_as_they_went_in(tmp_path_factory, seed, lengths, dims, va
             for row, i in zip(batch, order, strict=True):
                 assert torch.equal(row[: lengths[i]], states.rows[starts[i] : starts[i] + lengths[i]])
                 assert not row[lengths[i] :].any()
-                assert torch.equal(found.layers[name].rows[found.place(f"G:{i}")], row[: lengths[i]])
             assert torch.equal(found.layers[name].thresholds, states.thresholds)
         assert [found.tokens(row) for row in found.rows] == lengths
     assert "G:0" in store
     assert "G:99" not in store
+
+
+def test_a_store_filled_row_by_row_is_the_store_of_the_whole() -> None:
+    store, layers = make(values=True)
+    tokens = {row: store.tokens(row) for row in store.rows}
+    shapes = {n: LayerShape(s.rows.dtype, s.rows.shape[1], s.thresholds.shape[1]) for n, s in layers.items()}
+    filled = StateStore.empty(MANIFEST, tokens, shapes)
+    for name, states in layers.items():
+        filled.layers[name].thresholds.copy_(states.thresholds)
+        for row, piece in reversed(list(zip(tokens, states.rows.split(list(tokens.values())), strict=True))):
+            filled.put(name, row, piece)
+    assert same(filled.seal(), store)
+    with pytest.raises(
+        ValueError, match=r"Layer 'l' has states float32, and a store holds one of \['uint8', 'bfloat16'\]"
+    ):
+        StateStore.empty({}, {"a": 1}, {"l": LayerShape(torch.float32, 4, 4)})
 
 
 def test_two_bits_an_entry() -> None:
