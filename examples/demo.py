@@ -122,8 +122,8 @@ def main() -> None:
     console = Console()
     console.print(
         f"SmolLM2-135M learns {len(TASKS)} tasks in sequence ({', '.join(TASKS)}), {TRAIN_ROWS} rows each, two epochs;"
-        f" {TEST_ROWS[arguments.device]} test rows a task, {PROBE_ROWS} news articles as a probe. Methods: {', '.join(methods)}."
-        f" This takes about {minutes} minutes on {'two CPU cores' if arguments.device == 'cpu' else 'one GPU'}."
+        f" {TEST_ROWS[arguments.device]} test rows a task, {PROBE_ROWS} news articles as a probe."
+        f" Methods: {', '.join(methods)}. This takes about {minutes} minutes on {'two CPU cores' if arguments.device == 'cpu' else 'one GPU'}."
     )
     matrices: dict[str, TaskMatrix] = {}
     for method in methods:
