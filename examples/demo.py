@@ -120,10 +120,11 @@ def main() -> None:
         parser.error(f"unknown methods {unknown}; choose from {', '.join(METHODS)}")
     minutes = 6 * len(methods) if arguments.device == "cpu" else len(methods)
     console = Console()
+    where = "two CPU cores" if arguments.device == "cpu" else "one GPU"
     console.print(
         f"SmolLM2-135M learns {len(TASKS)} tasks in sequence ({', '.join(TASKS)}), {TRAIN_ROWS} rows each, two epochs;"
         f" {TEST_ROWS[arguments.device]} test rows a task, {PROBE_ROWS} news articles as a probe."
-        f" Methods: {', '.join(methods)}. This takes about {minutes} minutes on {'two CPU cores' if arguments.device == 'cpu' else 'one GPU'}."
+        f" Methods: {', '.join(methods)}. This takes about {minutes} minutes on {where}."
     )
     matrices: dict[str, TaskMatrix] = {}
     for method in methods:
