@@ -121,7 +121,7 @@ def shuffled(rows: Rows, seed: int) -> Rows:
     return rows
 
 
-def _shortened(row: dict[str, Any], words: int = 150) -> dict[str, Any]:
+def _shortened(row: dict[str, Any], words: int = 100) -> dict[str, Any]:
     """A text's beginning: as much of each of many texts says more than all of a few."""
     return {"text": " ".join(row["text"].split()[:words])} if "text" in row else row
 

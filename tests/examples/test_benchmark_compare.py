@@ -133,7 +133,7 @@ def test_tuning_says_what_it_chose(
     tried = [json.loads(row.split(" | ")[1].removesuffix(" **chosen**")) for row in rows]
     # One setting at a time around the method's own: two rates, three decays, two weights, of which one of each is its own.
     assert len(tried) == 1 + 1 + 2 + 1
-    assert {"lr": 0.01, "decay": 0.97, "consistency": 1.0} in tried
+    assert {"lr": 0.01, "decay": 0.99, "consistency": 1.0} in tried
     assert sum("**chosen**" in row for row in rows) == 1
 
 

@@ -137,6 +137,21 @@ def test_many_runs_have_a_row_each_and_no_bands(tmp_path: Path) -> None:
 
     assert bands(few) == 4 * 3  # of each task's rows; the probe's are not known here
     assert bands(many) == 0
+    # A figure that no run has is said once, not in a column.
+    assert many.count("no reference scores were given") == 1
+    assert "intransigence: none (no reference scores were given" in many
+
+
+def test_lines_of_many_runs_can_be_told_apart(tmp_path: Path) -> None:
+    for index in range(16):
+        write_run(tmp_path / f"run{index:02}")
+    text = page(find_runs([tmp_path])[0])
+    beside = text[text.index("Runs side by side") : text.index("<section")]
+    first = beside[: beside.index("</svg>")]
+    lines = re.findall(r"<polyline[^>]*>", first)
+    looks = [(re.search(r'stroke="(#\w+)"', line).group(1), "dasharray" in line) for line in lines]
+    assert len(looks) == 16
+    assert len(set(looks)) == 16
 
 
 def test_time_spent_fitting_is_shown_where_there_is_some(tmp_path: Path) -> None:
