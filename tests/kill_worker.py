@@ -192,7 +192,7 @@ def run(folder: Path, setup: str, ckpt_path: str | None, point: Point | None) ->
     torch.manual_seed(1)
     np.random.seed(1)
     random.seed(1)
-    model, stream, callbacks = _plain(setup) if setup in SETUPS[:4] else _callbacks(router=setup == "router")
+    model, stream, callbacks = _plain(setup) if setup in SETUPS[:4] else every_callback(router=setup == "router")
     watch = Watch(point, rank)
     watch.install(stream)
     strategies: dict[str, Any] = {
@@ -266,22 +266,28 @@ def _plain(setup: str) -> tuple[Any, Any, list[Any]]:
     return Scored(scheduled=setup != "plain"), stream(**options), []
 
 
-def _callbacks(router: bool) -> tuple[Any, Any, list[Any]]:
-    """Every callback: all of them with a shared adapter but the router, which gives each task its own."""
+def every_callback(router: bool, tasks: int = 4, rows: int = 10) -> tuple[Any, Any, list[Any]]:
+    """Module, stream and every callback: all with a shared adapter but the router, which gives each task its own."""
     from lightning_cl import CausalLMModule, Task, TaskStream
     from lightning_cl import callbacks as cl
     from lightning_cl.replay import EpisodicMemory, GeneralSamples, SelfGenerated
     from tests.helpers.models import tiny_llama, tiny_tokenizer
 
-    def rows(task: int, count: int) -> list[dict[str, Any]]:
+    def texts_of(task: int, count: int) -> list[dict[str, Any]]:
         words = ("yes", "no") if task % 2 else ("up", "down")
         return [
             {"prompt": f"task {task}, row {i}?", "answer": words[i % 2], "options": list(words)} for i in range(count)
         ]
 
-    tasks = [
-        Task(f"t{i}", train=rows(i, 10), val=rows(i, 4), test=rows(i, 4), metric="loss" if i % 2 else "accuracy")
-        for i in range(4)
+    stream = [
+        Task(
+            f"t{i}",
+            train=texts_of(i, rows),
+            val=texts_of(i, 4),
+            test=texts_of(i, 4),
+            metric="loss" if i % 2 else "accuracy",
+        )
+        for i in range(tasks)
     ]
     model = CausalLMModule(
         tiny_llama(num_hidden_layers=3),
@@ -306,7 +312,7 @@ def _callbacks(router: bool) -> tuple[Any, Any, list[Any]]:
     else:
         sources.append(EpisodicMemory(16))
     mixer = cl.ReplayMixer(sources, rows_per_batch=3)
-    return model, TaskStream(tasks, batch_size=4, max_length=64, seed=3), [mixer, *active]
+    return model, TaskStream(stream, batch_size=4, max_length=64, seed=3), [mixer, *active]
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from lightning_cl.stream import files
+from tests.kill_worker import SETUPS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -143,7 +144,7 @@ def test_a_short_kill_campaign(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("setup", ["plain", "schedule", "workers", "stream", "callbacks"])
+@pytest.mark.parametrize("setup", SETUPS)
 def test_the_kill_campaign(setup: str) -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "tests" / "kill_campaign.py"), "--setup", setup, "--kills", "20"],
@@ -153,3 +154,4 @@ def test_the_kill_campaign(setup: str) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{setup}: 20 kills" in done.stdout

@@ -188,6 +188,25 @@ def test_damaged_and_foreign_checkpoints(tmp_path: Path) -> None:
     assert path.parent == end.parent  # the last step's checkpoint of the same task
 
 
+class _WithObject(Scored):
+    """Saves an object of its own among the hyperparameters."""
+
+    def __init__(self, setting: Any) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+
+
+def test_checkpoints_that_could_not_be_resumed_are_known_at_the_first(tmp_path: Path) -> None:
+    run = trainer(tmp_path, callbacks=[ModelCheckpoint()], max_epochs=1)
+    with pytest.warns(
+        UserWarning, match=r"not be able to resume .*: `checkpoint.hyper_parameters.setting` is a `Task`"
+    ):
+        fit_stream(run, _WithObject(Task("a", train=[1])), stream(count=1))
+    path = tmp_path / "task_0_t0" / "task_end.ckpt"
+    with pytest.raises(MisconfigurationException, match=r"task_end.ckpt cannot be resumed: .*running code"):
+        fit_stream(trainer(tmp_path), _WithObject(Task("a", train=[1])), stream(count=1), ckpt_path=path)
+
+
 def test_the_furthest_checkpoint_counts_and_not_the_clock(tmp_path: Path) -> None:
     _run(tmp_path, stream(count=2))
     for age, path in enumerate(sorted(tmp_path.glob("task_*/*.ckpt"))):

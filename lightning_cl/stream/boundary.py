@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from lightning_cl import rank_watch
 from lightning_cl.distributed import gather_objects, world_size
-from lightning_cl.stream import csv_log, files
+from lightning_cl.stream import csv_log, files, progress
 from lightning_cl.stream.signals import AgreedSignals
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ class TaskBoundary(Callback):
         self._limits: tuple[int | None, int] | None = None
         self._lock: files.RunLock | None = None
         self._signals = AgreedSignals()
+        self._looked_into_checkpoint = False
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -100,6 +101,15 @@ class TaskBoundary(Callback):
     def _root(self, trainer: pl.Trainer) -> Path:
         given = [root for root in self.roots.values() if root]
         return Path(given[0]) if given else files.run_folder(trainer)
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Say at the first checkpoint, and not at the resume, that there is something in it that cannot be read back."""
+        if not self._looked_into_checkpoint:
+            self._looked_into_checkpoint = True
+            files.warn_of_unreadable(trainer, checkpoint)
 
     @override
     def on_load_checkpoint(
@@ -147,6 +157,7 @@ class TaskBoundary(Callback):
             return
         metrics = {name: torch.tensor(value) for name, value in resume.metrics.items()}
         trainer._logger_connector._callback_metrics.update(metrics)
+        progress.log_unlogged(trainer, resume)
         if not resume.mid_epoch:
             self._end_lift(trainer)
             return

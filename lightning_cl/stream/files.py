@@ -19,8 +19,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_cl.strategies.checkpoint import verify_checkpoint
-from lightning_cl.strategies.files import load_file
+from lightning_cl.strategies.checkpoint import AtomicCheckpointIO, verify_checkpoint
+from lightning_cl.strategies.files import check_safe, load_file
 
 #: Written by ``fit_stream`` when a task's training has ended.
 TASK_END = "task_end.ckpt"
@@ -96,6 +96,19 @@ def peek(path: str | os.PathLike[str] | None, verify: bool = True) -> dict[str, 
     file = Path(str(path))
     found: dict[str, Any] = load_file(file / _META if file.is_dir() else file, verify=verify)
     return found
+
+
+def warn_of_unreadable(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
+    """Warn of an entry that only running code could give back, which a resume never does."""
+    if isinstance(trainer.strategy.checkpoint_io, AtomicCheckpointIO):
+        return  # refuses it while writing, or leaves it out
+    try:
+        check_safe(checkpoint)
+    except TypeError as error:
+        rank_zero_warn(
+            f"`fit_stream` will not be able to resume from this run's checkpoints: {error} Or use"
+            ' `strategy="cl_single_device"`, which leaves such hyperparameters out.'
+        )
 
 
 def find_last(trainer: pl.Trainer, key: str, extra: Iterable[Path] = ()) -> Path | None:

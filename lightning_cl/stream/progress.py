@@ -44,6 +44,7 @@ def save(stream: TaskStream) -> dict[str, Any]:
         state["position"] = position(stream, trainer)
         state["should_stop"] = bool(trainer.should_stop)
         state["csv_rows"] = csv_log.keep(trainer)
+        state["unlogged"] = unlogged(trainer)
         state["metrics"] = {
             name: float(value)
             for name, value in trainer.callback_metrics.items()
@@ -75,6 +76,32 @@ def where(trainer: pl.Trainer) -> str:
     return "batch_end" if batch.processed > batch.completed else "between"
 
 
+def unlogged(trainer: pl.Trainer) -> dict[str, float]:
+    """What Lightning is about to log of the step or the epoch that has just ended, once its hooks have run."""
+    loop, connector = trainer.fit_loop, trainer._logger_connector
+    epoch: Any = loop.epoch_progress.current
+    if where(trainer) == "batch_end" and not trainer.validating:
+        due = connector.should_update_logs and not loop._should_accumulate()
+    else:
+        due = trainer.training and epoch.completed < epoch.processed == epoch.ready
+    if not due or trainer._results is None:
+        return {}
+    return {name: float(value) for name, value in connector.metrics["log"].items()}
+
+
+def log_unlogged(trainer: pl.Trainer, resume: Resume) -> None:
+    """Log it in the run that takes up from there, at its own step."""
+    if not resume.unlogged:
+        return
+    values = {name: torch.tensor(value, dtype=torch.float64) for name, value in resume.unlogged.items()}
+    loop = trainer.fit_loop.epoch_loop
+    # Lightning logs an epoch's metrics at its last step.
+    back = resume.point == "epoch_end"
+    loop._batches_that_stepped -= back
+    trainer._logger_connector.log_metrics(values)
+    loop._batches_that_stepped += back
+
+
 def position(stream: TaskStream, trainer: pl.Trainer) -> Position:
     """The current task's epoch, and how many of its batches were trained (not fetched)."""
     loop = trainer.fit_loop
@@ -97,6 +124,7 @@ class Resume:
         self.position: Position = dict(state.get("position") or {"epoch": 0, "batches": 0, "rows": 0})
         self.should_stop: bool = bool(state.get("should_stop"))
         self.metrics: dict[str, float] = dict(state.get("metrics", {}))
+        self.unlogged: dict[str, float] = dict(state.get("unlogged", {}))
         self._rng: list[dict[str, Any]] | None = list(state.get("rng", ())) or None
 
     @property

@@ -37,9 +37,7 @@ def test_a_failed_write_is_raised_and_removes_nothing(tmp_path: Path) -> None:
 
 def test_what_cannot_be_read_back_is_refused_at_once(tmp_path: Path) -> None:
     io = BackgroundCheckpointIO()
-    with pytest.raises(
-        TypeError, match=r"`checkpoint.odd` is a `object`, .*only by running code"
-    ):
+    with pytest.raises(TypeError, match=r"`checkpoint.odd` is a `object`, .*only by running code"):
         io.save_checkpoint({"odd": object()}, tmp_path / "a.ckpt")
     with pytest.raises(TypeError, match="`storage_options"):
         io.save_checkpoint({}, tmp_path / "a.ckpt", storage_options={"a": 1})
