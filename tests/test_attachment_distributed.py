@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_cl.anatomy import find_final_norm
@@ -191,3 +192,30 @@ def test_ranks_agree_on_whether_there_are_replay_rows(tmp_path: Path) -> None:
     first, second = spawn.load(tmp_path)
     assert [n > 0 for n in first] == [n > 0 for n in second]
     assert sum(first) > 0
+
+
+class OtherRows(torch.utils.data.Dataset):
+    """Replay rows that fit the batch on the first rank alone."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> Any:
+        ids = torch.tensor([5, 6, 7])
+        return {"input_ids": ids.float() if self.rank else ids, "attention_mask": torch.ones(3, dtype=torch.long)}
+
+
+def _misfits(rank: int, folder: Path) -> None:
+    source = GeneralSamples(OtherRows(rank), num_samples=4)
+    trainer = models.trainer(
+        folder, callbacks=[ReplayMixer(source, rows_per_batch=1)], max_steps=2, strategy="ddp", devices=2
+    )
+    with pytest.raises(MisconfigurationException, match=r"do not fit the task's batch at key 'input_ids'"):
+        trainer.fit(models.PlainLM(models.lora(models.tiny_llama())), models.loader(rows=8, batch_size=2))
+
+
+def test_rows_that_do_not_fit_on_one_rank_are_an_error_on_all(tmp_path: Path) -> None:
+    spawn.run(_misfits, 2, tmp_path)

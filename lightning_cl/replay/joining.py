@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_cl.distributed import sum_over_ranks, world_size
+from lightning_cl.distributed import raise_together, sum_over_ranks, world_size
 from lightning_cl.replay.packing import join_packed
 from lightning_cl.replay.rows import (
     IGNORED_LABEL,
@@ -161,10 +161,12 @@ class Joiner:
         for provider in self.providers:
             if provider.observe is not None:
                 provider.observe(layout)
-        rows = self._next(layout)
+        rows, error = self._next_that_fit(layout)
         plan = self._plan(layout, rows)
         if world_size() > 1:
-            having, joined, separate = sum_over_ranks([float(bool(rows)), *plan])
+            having, joined, separate, failed = sum_over_ranks([float(bool(rows)), *plan, float(error is not None)])
+            if failed:
+                raise_together(error)
             if 0 < having < world_size() and not rows:
                 # A rank without rows would skip the passes that the others make, and hang them.
                 rows = self._draw(layout, 1)
@@ -178,6 +180,20 @@ class Joiner:
         added = self._separate(layout, rows, counts) if is_separate else self._joined(layout, rows, counts)
         added.replay.window = self._window
         return added
+
+    def _next_that_fit(self, layout: BatchLayout) -> tuple[list[Row], Exception | None]:
+        """This batch's rows; of several ranks, one that cannot use its rows says so instead of leaving the others alone."""
+        if world_size() == 1:
+            return self._next(layout), None
+        try:
+            rows = self._next(layout)
+            if layout.packed:
+                join_packed(layout, rows)
+            elif rows:
+                collate_rows(rows, layout, self._pad_values)
+        except Exception as error:
+            return [], error
+        return rows, None
 
     def _next(self, layout: BatchLayout) -> list[Row]:
         """This batch's rows."""
