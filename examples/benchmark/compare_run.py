@@ -193,7 +193,6 @@ def make_stream(job: Job, rows: dict[str, Any], pad_token_id: int) -> TaskStream
         eval_batch_size=recipe["eval_batch_size"],
         seed=job.seed,
         collate_fn=Collator(pad_token_id),
-        pin_memory=torch.cuda.is_available(),
     )
 
 
