@@ -9,8 +9,8 @@ replay, about 100 % each with self-generated labels), and the paper's other ques
     python examples/selfgenerated_toy.py --study tokens --out tokens.json    # ... over pre-training tokens a parameter
     python examples/selfgenerated_toy.py --study rate --out rate.json        # ... against steps to one new-task score
 
-About two minutes on one GPU each; ``--tiny`` is a check of the script itself that takes seconds on a CPU. Every study
-writes a plot beside its JSON file. Seconds include the time that generation takes.
+A few minutes on one GPU or on a CPU each; ``--tiny`` is a check of the script itself that takes seconds on a CPU. Every
+study writes a plot beside its JSON file. Seconds include the time that generation takes.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ class Size:
 
     width: int = 128
     layers: int = 2
-    digits: int = 2
-    steps: int = 1500
-    batch: int = 1024
+    digits: int = 1
+    steps: int = 800
+    batch: int = 128
     rate: float = 2e-3
-    pool: int = 16384
+    pool: int = 4096
     weight: float = 4.0
 
 
@@ -362,7 +362,7 @@ def main(arguments: list[str] | None = None) -> Any:
     parser.add_argument("--out", type=Path, default=None, help="JSON file to write; the plot goes beside it")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=None, help="steps a task")
-    parser.add_argument("--digits", type=int, default=None, help="digits of a number (default: 2)")
+    parser.add_argument("--digits", type=int, default=None, help="digits of a number (default: 1)")
     parser.add_argument("--method", choices=METHODS, default=None, help="only this one of the sequence (default: all)")
     parser.add_argument("--device", default="auto", help="Lightning's accelerator")
     parser.add_argument("--tiny", action="store_true", help="seconds on a CPU, to check the script")

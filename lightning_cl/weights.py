@@ -134,17 +134,24 @@ def swapped(
         group.gather()
 
 
+def adapter_switches(module: nn.Module) -> list[Any]:
+    """The layers whose adapters :func:`adapters_disabled` switches; finding them takes as long as a small layer runs."""
+    return [m for m in module.modules() if "_disable_adapters" in m.__dict__ or hasattr(type(m), "_disable_adapters")]
+
+
 @contextmanager
-def adapters_disabled(module: nn.Module) -> Iterator[None]:
+def adapters_disabled(module: nn.Module, switches: list[Any] | None = None) -> Iterator[None]:
     """Every PEFT adapter inside ``module`` is off while the context lasts, and then as it was.
 
     That includes the copies that ``modules_to_save`` trains: with them off, PEFT runs the original module.
+
+    Args:
+        module: the module.
+        switches: its :func:`adapter_switches`, if they are known.
     """
     # PEFT's own `enable_adapters(False)` also clears `requires_grad` of the adapters, which would detach them from the
     # optimizer's view of the model in the middle of a step; only the flag that forward reads is touched here.
-    layers: list[Any] = [
-        m for m in module.modules() if "_disable_adapters" in m.__dict__ or hasattr(type(m), "_disable_adapters")
-    ]
+    layers = adapter_switches(module) if switches is None else switches
     before = [layer._disable_adapters for layer in layers]
     for layer in layers:
         layer._disable_adapters = True

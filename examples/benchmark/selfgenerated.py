@@ -15,6 +15,9 @@ decode        rows of 256 tokens, 256 at a time, from the plain model and from o
               the rate of a large one.
 cost          a whole fit (LoRA as above) with a pool made at its start, generation included, against the same fit
               without replay, at 32 + 8 and 32 + 4 rows of equal length.
+past          rows of past tasks made from their instructions alone, by SmolLM2-135M-Instruct after it learnt two tasks of
+              the demo (``python examples/assets.py`` first): how many have their task's form, over
+              ``prompt_loss_weight``. Only if asked for.
 distillation  8 rows x 512 tokens x 128k vocabulary, forward and backward: the chunked loss against all logits at once.
 """
 
@@ -36,6 +39,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -70,6 +74,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2,
     },
 }
+PARTS = ("decode", "cost", "distillation", "past")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 
@@ -295,10 +300,9 @@ def measure_loss(loss: Any, hidden: Tensor, teacher: Tensor, weight: Tensor) -> 
     return {"value": value, "grad": grad, "peak_bytes": peak, "ms": 1e3 * statistics.median(times)}
 
 
-def distillation(rows: int, tokens: int, vocabulary: int, width: int) -> dict[str, Any]:
+def distillation(rows: int, tokens: int, vocabulary: int, width: int) -> Any:
     """Peak memory above the inputs and time, forward and backward, of both forms."""
     torch.manual_seed(0)
-    result: dict[str, Any] = {}
     for head in ("frozen head", "trained head"):
         hidden = torch.randn(rows, tokens, width, device=DEVICE, dtype=DTYPE).requires_grad_()
         teacher = (hidden + 0.1 * torch.randn_like(hidden)).detach()
@@ -313,27 +317,80 @@ def distillation(rows: int, tokens: int, vocabulary: int, width: int) -> dict[st
         gap = float((naive.pop("grad") - grad).norm() / grad.norm())
         assert gap < 0.02, f"gradients differ by {gap:.3g}"
         memory = naive["peak_bytes"] / max(1, ours["peak_bytes"])
-        result[head] = {**found, "memory_ratio": memory, "time_ratio": ours["ms"] / naive["ms"], "gradient_gap": gap}
         print(
             f"{head:>14}: peak {ours['peak_bytes'] / 2**30:.2f} GiB against {naive['peak_bytes'] / 2**30:.2f}"
             f" (1/{memory:.1f}), {ours['ms']:.1f} ms against {naive['ms']:.1f} ({ours['ms'] / naive['ms']:.2f}x)",
             flush=True,
         )
-    return result
+        yield head, {**found, "memory_ratio": memory, "time_ratio": ours["ms"] / naive["ms"], "gradient_gap": gap}
 
 
-def _commit() -> str:
-    folder = Path(__file__).parent
+def past(weights: tuple[float, ...], rows: int, pool: int) -> Any:
+    """The yield of rows of past tasks, by the weight of the prompt's tokens in the loss."""
+    from lightning_cl import CausalLMModule, Task, TaskStream, fit_stream
+    from lightning_cl.data import read_rows
+
+    assets = Path(__file__).parents[1] / "assets"
+    for weight in weights:
+        pl.seed_everything(0, verbose=False)
+        data = {name: list(read_rows(str(assets / f"{name}.train.jsonl")))[:rows] for name in ("reviews", "sarcasm")}
+        tasks = [Task(name, train=found) for name, found in data.items()]
+        # Of the third task only the beginning matters: there the rows of the two before it are made.
+        tasks.append(Task("topics", train=list(read_rows(str(assets / "topics.train.jsonl")))[:16]))
+        lora = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+        how: dict[str, Any] = {"schedule": "linear", "warmup": 0.1, "dtype": "bfloat16", "prompt_loss_weight": weight}
+        module = CausalLMModule(str(assets / "smollm2-135m-instruct"), lora=lora, lr=1e-3, **how)
+        source = SelfGenerated(pool, length=96, prompts="past_tasks")
+        trainer = pl.Trainer(
+            max_epochs=2,
+            accelerator=DEVICE,
+            devices=1,
+            precision="bf16-true",
+            callbacks=[ReplayMixer(source, rows_per_batch=4), ReplayDistillation(weight=3.0), Yields(source)],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        try:
+            fit_stream(trainer, module, TaskStream(tasks, batch_size=16, max_length=160, template="none"))
+        except MisconfigurationException as error:  # not one row
+            print(f"prompt_loss_weight {weight}: {str(error).split(',')[0]}", flush=True)
+        found = next(c for c in trainer.callbacks if isinstance(c, Yields)).found  # type: ignore[attr-defined]
+        for task, (kept, made, examples) in found.items():
+            print(
+                f"prompt_loss_weight {weight}, at the start of {task}: {kept} of {made} rows, e.g. {examples}",
+                flush=True,
+            )
+        yield str(weight), {"rows": rows, "pool_size": pool, "kept, made, examples": found}
+
+
+class Yields(pl.Callback):
+    """Notes for each task how many rows were made and kept."""
+
+    def __init__(self, source: SelfGenerated) -> None:
+        self.source, self.found, self._made = source, {}, 0
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0 and trainer.current_epoch == 0 and self.source.available():
+            made, self._made = self.source._made - self._made, self.source._made
+            rows = self.source.draw(2, 0, 1)
+            texts = [pl_module.tokenizer.decode(row.content["input_ids"].tolist()) for row in rows]
+            self.found[trainer.datamodule.current_task.name] = (self.source.available(), made, texts)
+
+
+def _commit() -> str | None:
+    folder, command = Path(__file__).parent, ["git", "rev-parse", "--short", "HEAD"]
     try:
-        return subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=folder, text=True).strip()
+        return subprocess.check_output(command, cwd=folder, text=True, stderr=subprocess.DEVNULL).strip()
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return None
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Run the chosen parts and write their figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=("decode", "cost", "distillation"), default=None, help="only this part")
+    parser.add_argument("--part", action="append", choices=PARTS, help="only this part; may be given again, in order")
     parser.add_argument("--compile", action="store_true", help="measure the compiled forms of decoding too")
     parser.add_argument("--shape", choices=sorted(SHAPES), default=None, help="only this model (default: two)")
     parser.add_argument("--steps", type=int, default=60, help="optimizer steps of a fit (default: %(default)s)")
@@ -352,21 +409,30 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "torch": torch.__version__,
         "commit": _commit(),
     }
-    if options.part in (None, "decode"):
+
+    def decodings() -> Any:
         size = (8, 24) if options.tiny else (256, options.length)
-        result["decode"] = {
-            f"{shape}{' + LoRA' if lora else ''}": decode(shape, *size, options.compile, lora)
-            for shape in shapes
-            for lora in (False, True)
-        }
-    if options.part in (None, "cost"):
+        for shape in shapes:
+            for lora in (False, True):
+                yield f"{shape}{' + LoRA' if lora else ''}", decode(shape, *size, options.compile, lora)
+
+    def costs() -> Any:
         size = (3, 24, 16, 1) if options.tiny else (options.steps, options.length, options.pool, options.repeats)
-        result["cost"] = {shape: cost(shape, *size) for shape in shapes}
-    if options.part in (None, "distillation"):
-        size = (2, 16, 128, 16) if options.tiny else (8, 512, 128256, 2048)
-        result["distillation"] = distillation(*size)
-    if options.out is not None:
-        options.out.write_text(json.dumps(result, indent=1))
+        for shape in shapes:
+            yield shape, cost(shape, *size)
+
+    def losses() -> Any:
+        yield from distillation(*((2, 16, 128, 16) if options.tiny else (8, 512, 128256, 2048)))
+
+    def yields() -> Any:
+        yield from past(*(((0.5,), 32, 8) if options.tiny else ((0.0, 0.1, 0.5), 320, 256)))
+
+    parts = dict(zip(PARTS, (decodings, costs, losses, yields), strict=True))
+    for part in options.part or PARTS[:3]:
+        for name, figures in parts[part]():
+            result.setdefault(part, {})[name] = figures
+            if options.out is not None:  # as they come: a run that is cut short leaves what it has
+                options.out.write_text(json.dumps(result, indent=1))
     return result
 
 

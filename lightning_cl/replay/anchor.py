@@ -44,6 +44,7 @@ class WeightAnchor:
         # Whole tensors of a checkpoint, until the parameters whose shards they become are known.
         self._whole: dict[str, Tensor] | None = None
         self._parameters: dict[str, nn.Parameter] = {}
+        self._switches: list[nn.Module] | None = None
 
     @property
     def taken(self) -> bool:
@@ -93,7 +94,9 @@ class WeightAnchor:
         self._settle(module)
         with ExitStack() as stack:
             if self.kind == "initial":
-                stack.enter_context(weights.adapters_disabled(module))
+                if self._switches is None:
+                    self._switches = weights.adapter_switches(module)
+                stack.enter_context(weights.adapters_disabled(module, self._switches))
             if self._shards:
                 stack.enter_context(weights.swapped(module, self._shards, self._parameters))
             yield
@@ -121,8 +124,8 @@ class WeightAnchor:
             self._parameters = {n: p for n, p in weights.trainable(module).items() if n in self._shards}
 
     def rebind(self) -> None:
-        """Forget the parameter objects: a new fit may have new ones under the same names."""
-        self._parameters = {}
+        """Forget the module's parts: a new fit may have new ones under the same names."""
+        self._parameters, self._switches = {}, None
 
     def _kept(self, shard: Tensor) -> Tensor:
         with torch.inference_mode(False), torch.no_grad():

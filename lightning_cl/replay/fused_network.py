@@ -107,11 +107,11 @@ class FusedNetwork:
         """
         vocabulary = len(self._head)
         tokens = torch.randint(vocabulary, (2, 6), generator=torch.Generator().manual_seed(0)).to(self._device)
-        expected = self._model(input_ids=tokens, use_cache=False).logits[:, 3:].float()
+        expected = self._model(input_ids=tokens, use_cache=False).logits[:, 4:].float()
         self.allocate(2, 8)
         with self.running():
-            found = [self.forward(tokens[:, :4], torch.zeros(1, dtype=torch.long, device=self._device), None)]
-            found += [self.forward(tokens[:, i : i + 1], torch.full_like(tokens[0, :1], i), 8) for i in (4, 5)]
+            found = [self.forward(tokens[:, :5], torch.zeros(1, dtype=torch.long, device=self._device), None)]
+            found += [self.forward(tokens[:, 5:], torch.full_like(tokens[0, :1], 5), 8)]
         spread = (expected - expected.mean(-1, keepdim=True)).norm().clamp_min(1e-6)
         error = float((torch.stack(found, 1).float() - expected).norm() / spread)
         self.allocate(0, 0)
@@ -180,13 +180,15 @@ class FusedNetwork:
                 key, value = cache[:, : self._key_heads, :seen], cache[:, self._key_heads :, :seen]
                 query = query.reshape(rows, self._key_heads, -1, self._width)
                 found = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self._scale)
+                # The kernel leaves its queries before its heads: a view, where heads before queries would be a copy.
+                found = found.transpose(1, 2)
             else:
                 key, value = new.chunk(2, 1)
                 groups = self._heads // self._key_heads
                 key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
                 query = query.transpose(1, 2)
                 found = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=self._scale)
-                found = found.transpose(1, 2)
+                found = found.transpose(1, 2).unflatten(2, (self._key_heads, groups)).transpose(2, 3)
             # In place: the sum with the residual stream happens inside the product.
             x.addmm_(found.reshape(rows * count, -1), block.out.T)
             gate, up = F.linear(self._normed(x, block.mlp_norm), block.gate_up).chunk(2, -1)
@@ -204,11 +206,16 @@ class FusedNetwork:
             norm=self._weight(layer.input_layernorm),
             qkv=torch.cat([self._weight(part) for part in inputs]),
             qkv_bias=None if biases[0] is None else torch.cat(biases).detach().to(self.dtype),
-            out=self._weight(attention.o_proj),
+            out=self._regrouped(self._weight(attention.o_proj)),
             mlp_norm=self._weight(layer.post_attention_layernorm),
             gate_up=torch.cat([self._weight(mlp.gate_proj), self._weight(mlp.up_proj)]),
             down=self._weight(mlp.down_proj),
         )
+
+    def _regrouped(self, weight: Tensor) -> Tensor:
+        """The output projection's columns in the order of `forward`: key heads within each place of their groups."""
+        groups = self._heads // self._key_heads
+        return weight.unflatten(1, (self._key_heads, groups, -1)).transpose(1, 2).flatten(1)
 
     def _weight(self, part: Any) -> Tensor:
         """A layer's weight in the compute dtype with its active adapters in it; no copy where nothing changes."""
