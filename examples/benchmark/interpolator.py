@@ -63,12 +63,11 @@ def check_average() -> None:
         torch.testing.assert_close(slow[name], expected.cpu(), rtol=0, atol=1e-6)
 
 
-def measure_average(args: argparse.Namespace) -> dict[str, Any]:
+def measure_average(args: argparse.Namespace, module: Plain) -> dict[str, Any]:
     """The average alone, and Lightning's own, in the same rounds."""
     from lightning.pytorch.callbacks import EMAWeightAveraging
 
     check_average()
-    module = Plain(make_model(args.shape, LORA))
     rows = make_rows(args.shape, args.rows * 4, args.tokens, 1)
     trainable = sum(p.numel() for p in weights.trainable(module).values())
     held: list[int] = []
@@ -123,9 +122,8 @@ def time_forward(module: Plain, rows: list[dict[str, Tensor]], repeats: int = 5)
     return 1e3 * statistics.median(times[2:])
 
 
-def measure_consistency(args: argparse.Namespace, **kwargs: Any) -> dict[str, Any]:
+def measure_consistency(args: argparse.Namespace, module: Plain, **kwargs: Any) -> dict[str, Any]:
     """The slow forward and the term on top of the same replay."""
-    module = kwargs.pop("module", None) or Plain(make_model(args.shape, LORA))
     tokens, rows, replayed = args.replay_tokens, 32 if not args.tiny else 8, 8 if not args.tiny else 2
     task = make_rows(args.shape, rows * 4, tokens, 1)
     memory = make_rows(args.shape, 64, tokens, 2)
@@ -185,13 +183,14 @@ def measure_fsdp(args: argparse.Namespace) -> dict[str, Any]:
             super().__init__(data_parallel_size=devices, tensor_parallel_size=1)
 
     devices = int(os.environ.get("WORLD_SIZE", "1"))
-    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if DEVICE == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     model = make_model(args.shape, LORA)
     # FSDP2 groups hold one dtype; PEFT makes the adapters float32.
     model.to(DTYPE)
     blocks = model.get_base_model().model.layers
     gathered = sum(p.numel() * p.element_size() for p in blocks.parameters())
-    figures = measure_consistency(args, module=Sharded(model), devices=devices, make_strategy=Strategy)
+    figures = measure_consistency(args, Sharded(model), devices=devices, make_strategy=Strategy)
     return {**figures, "devices": devices, "gathered_again_gib": gathered / 2**30}
 
 
@@ -204,10 +203,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=2, help="rows of a batch of the part average")
     parser.add_argument("--tokens", type=int, default=1024, help="tokens of its rows")
     parser.add_argument("--replay-tokens", type=int, default=128, help="tokens a row of the part consistency")
-    parser.add_argument("--steps", type=int, default=12, help="steps of each run, the first four to warm up")
+    parser.add_argument("--steps", type=int, default=9, help="steps of each run, the first three to warm up")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of runs")
     args = parser.parse_args(argv)
-    args.warmup, args.shape = 4, "llama-8b"
+    args.warmup, args.shape = 3, "llama-8b"
     if args.tiny:
         tiny = {"warmup": 1, "shape": "tiny", "rows": 4, "tokens": 16, "replay_tokens": 16, "steps": 3, "rounds": 1}
         vars(args).update(tiny)
@@ -218,19 +217,21 @@ def main(argv: list[str] | None = None) -> int:
     """Check, time, print, write."""
     args = parse(argv)
     quiet()
-    if args.only in (None, "average"):
-        figures = measure_average(args)
-        write(args.out, {"average": figures})
-        table("The average alone", [figures])
-    if args.only in (None, "consistency"):
-        figures = measure_consistency(args)
-        write(args.out, {"consistency": figures})
-        table("The consistency on memory rows", [figures])
     if args.only == "fsdp":
-        figures = measure_fsdp(args)
+        found = measure_fsdp(args)
         if os.environ.get("RANK", "0") == "0":
-            write(args.out, {"fsdp": figures})
-            table("The consistency under FSDP2", [figures])
+            write(args.out, {"fsdp": found})
+            table("The consistency under FSDP2", [found])
+        return 0
+    module = Plain(make_model(args.shape, LORA))
+    for part, measure, title in (
+        ("average", measure_average, "The average alone"),
+        ("consistency", measure_consistency, "The consistency on memory rows"),
+    ):
+        if args.only in (None, part):
+            found = measure(args, module)
+            write(args.out, {part: found})
+            table(title, [found])
     return 0
 
 

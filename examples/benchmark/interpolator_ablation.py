@@ -232,7 +232,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--configurations", nargs="+", choices=list(CONFIGURATIONS), default=list(CONFIGURATIONS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--tasks", nargs="+", default=["dbpedia", "amazon", "agnews"])
-    parser.add_argument("--train-rows", type=int, default=480)
+    parser.add_argument("--train-rows", type=int, default=640)
     parser.add_argument("--test-rows", type=int, default=100)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--batch", type=int, default=16)
