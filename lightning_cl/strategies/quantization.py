@@ -173,9 +173,11 @@ class Probe:
     def compare(self) -> list[str]:
         """Run the layer again, gathered; a difference is a problem to raise, with its cause."""
         output = self._run()
-        if torch.equal(output, self._output):
-            return []
         packed = _bytes(self._layer.weight)
+        same_bytes = packed.shape == self._packed.shape and torch.equal(packed, self._packed)
+        # GPU kernels may sum in another order each time; another scale moves the output by far more.
+        if same_bytes and torch.allclose(output, self._output, rtol=0.02, atol=0.02 * float(self._output.abs().max())):
+            return []
         if packed.shape != self._packed.shape:
             cause = f"its packed weight has {packed.numel()} bytes instead of {self._packed.numel()}"
         elif changed := int((packed != self._packed).sum()):

@@ -98,7 +98,8 @@ def refresh(module: nn.Module) -> None:
 def in_root(module: nn.Module, call: Callable[[], Any]) -> Any:
     """Run ``call`` (a step of the LightningModule) as the root group's forward pass."""
     state = fsdp_state(module)
-    state._pre_forward(module, (), {})
+    # On GPUs torch 2.11 moves the arguments to the device, and takes for granted that there is one.
+    state._pre_forward(module, (None,), {})
     try:
         output = call()
     except BaseException:
