@@ -37,7 +37,7 @@ def start(trainer: pl.Trainer) -> None:
         if _started == 0:
             _show_versions()
         _started += 1
-        _watches[trainer] = RankWatch(str(_started))
+        _watches[trainer] = RankWatch(str(_started), GRACE)
 
 
 def _show_versions() -> None:
@@ -90,7 +90,7 @@ class RankWatch:
         grace: seconds, see :data:`GRACE`.
     """
 
-    def __init__(self, name: str, grace: float = GRACE) -> None:
+    def __init__(self, name: str, grace: float) -> None:
         # A store's own lock would make this thread wait for a collective call of the main one, so it gets a copy.
         self._main = dist.PrefixStore(f"lightning_cl/watch/{name}", _default_store())
         self._store = dist.PrefixStore(f"lightning_cl/watch/{name}", _default_store(clone=True))

@@ -17,7 +17,7 @@ from lightning_cl import fit_stream
 from lightning_cl.callbacks import LoRAInterpolator, ReplayMixer
 from lightning_cl.replay import EpisodicMemory, GeneralSamples
 from tests.helpers import spawn
-from tests.stream_tools import Killed, Scored, points, stream, trainer, weights
+from tests.stream_tools import Killed, Scored, points, stream, trainer
 
 GENERAL = 20
 
@@ -47,7 +47,7 @@ class KillAt(pl.Callback):
             raise Killed
 
 
-def part(rank: int, folder: Path, devices: int, ckpt: str | None, kill: int | None, out: str) -> None:
+def part(rank: int, folder: Path, strategy: str, devices: int, ckpt: str | None, kill: int | None, out: str) -> None:
     torch.manual_seed(1)
     module = Quiet()
     sources = [GeneralSamples(points(99, GENERAL), num_samples=GENERAL), EpisodicMemory(12)]
@@ -57,15 +57,17 @@ def part(rank: int, folder: Path, devices: int, ckpt: str | None, kill: int | No
         ModelCheckpoint(save_top_k=-1, every_n_train_steps=1, filename="s{step}"),
     ]
     kills = [] if kill is None else [KillAt(kill)]
-    kwargs = {"strategy": "ddp"} if devices > 1 else {}
-    run = trainer(folder, callbacks=[*callbacks, *kills], max_epochs=3, devices=devices, **kwargs)
+    strategy = "auto" if strategy == "ddp" and devices == 1 else strategy
+    run = trainer(folder, callbacks=[*callbacks, *kills], max_epochs=3, devices=devices, strategy=strategy)
     with contextlib.suppress(Killed):
         fit_stream(run, module, stream(count=2, rows=21, batch_size=8 // devices), ckpt_path=ckpt)
     seen = [row for x in module.seen for row in x.tolist()]
-    spawn.save(folder / out, rank, {"weights": weights(module), "seen": seen})
+    whole = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in module.parameters()]
+    spawn.save(folder / out, rank, {"weights": torch.cat([p.detach().flatten() for p in whole]), "seen": seen})
 
 
-def test_two_processes_then_one_then_two_draw_each_row_as_often_and_agree(tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("cl_fsdp", marks=pytest.mark.slow)])
+def test_two_processes_then_one_then_two_draw_each_row_as_often_and_agree(strategy: str, tmp_path: Path) -> None:
     for name in ("one/0", "many/0", "many/1", "many/2"):
         (tmp_path / name).mkdir(parents=True)
     one, many = tmp_path / "one", tmp_path / "many"
@@ -73,10 +75,10 @@ def test_two_processes_then_one_then_two_draw_each_row_as_often_and_agree(tmp_pa
     def step(number: int) -> str:
         return str(next(iter(many.glob(f"task_1_t1/sstep={number}*.ckpt"))))
 
-    part(0, one, 1, None, None, "0")
-    spawn.run(part, 2, many, 2, None, 2, "0")
-    part(0, many, 1, step(2), 5, "1")
-    spawn.run(part, 2, many, 2, step(5), None, "2")
+    part(0, one, "ddp", 1, None, None, "0")
+    spawn.run(part, 2, many, strategy, 2, None, 2, "0")
+    spawn.run(part, 1, many, strategy, 1, step(2), 5, "1")
+    spawn.run(part, 2, many, strategy, 2, step(5), None, "2")
     alone = spawn.load(one / "0", 1)[0]
     parts = [*spawn.load(many / "0"), *spawn.load(many / "1", 1), *spawn.load(many / "2")]
     drawn = Counter(tuple(row) for p in parts for row in p["seen"])
