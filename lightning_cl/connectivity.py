@@ -243,6 +243,8 @@ class Connectivity:
                 axes.plot(self.alphas, earlier[name], "k--", label="mean of earlier tasks")
             axes.set_xlabel(f"{self.names[0]} → {self.names[1]}")
             axes.set_ylabel(name)
+            if name in self.scores[current]:
+                axes.set_title(f"{current}: barrier {self.barrier(current, name):.3g}", fontsize="medium")
             axes.legend(fontsize="small")
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=120)

@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
+from lightning_cl.attachment import Attachment
 from lightning_cl.callbacks import ActivationMarginRegularizer, ReplayMixer
 from lightning_cl.functional import activation_margin_loss, activation_thresholds, encode_activation_states
 from lightning_cl.replay import EpisodicMemory, GeneralSamples, SelfGenerated
@@ -412,22 +413,37 @@ def test_compiled_network(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "kwargs", [{}, {"weight": "dynamic"}, {"target": 0.1, "reduction": "mean"}, {"objective": "l2"}]
 )
-def test_the_step_never_waits_for_the_gpu(tmp_path: Path, kwargs: dict[str, Any]) -> None:
-    class Strict(ActivationMarginRegularizer):
-        calls = 0
+def test_the_step_never_waits_for_the_gpu(
+    tmp_path: Path, kwargs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = dict.fromkeys(("_after_batch_transfer", "_with_replay_loss", "_with_terms"), 0)
 
-        def _term(self, step: Any) -> Tensor | None:
-            self.calls += 1
-            # the first steps compile, and compare the rows' lengths with the stored ones once
-            torch.cuda.set_sync_debug_mode("error" if self.calls > 2 else "default")
+    def strict(name: str) -> Any:
+        original = getattr(Attachment, name)
+
+        def wrapper(self: Any, *args: Any) -> Any:
+            calls[name] += 1
+            # the first steps compile, and compare the rows' tokens with the stored ones once
+            torch.cuda.set_sync_debug_mode("error" if calls[name] > 2 else "default")
             try:
-                return super()._term(step)
+                return original(self, *args)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
 
-    callback = Strict(**kwargs)
-    fit(tmp_path, callback, accelerator="gpu", max_steps=6, data=models.loader(rows=32))
-    assert callback.calls == 6
+        return wrapper
+
+    for name in calls:
+        monkeypatch.setattr(Attachment, name, strict(name))
+    mixer = ReplayMixer(source(), rows_per_batch=2, layout="joined")
+    fit(
+        tmp_path,
+        ActivationMarginRegularizer(**kwargs),
+        mixer=mixer,
+        accelerator="gpu",
+        max_steps=6,
+        data=models.loader(rows=32),
+    )
+    assert set(calls.values()) == {6}
 
 
 def test_a_term_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
