@@ -212,8 +212,9 @@ class RLSRouterFitter(RoutedEvaluation):
         if self._bank is not None:
             self._bank.forget_copies()
             self._bank.offload(keep=[_adapter_name(self.task_index)])
-        column = self._statistics.label(self.task_name or f"task {self.task_index}", self._adapter())
-        self._collector = FeatureCollector(self._statistics, column, self._joined_rows)
+        name = self.task_name or f"task {self.task_index}"
+        self._statistics.label(name, self._adapter())
+        self._collector = FeatureCollector(self._statistics, name, self._adapter(), self._joined_rows)
         routed.attach()
         routed.enabled = False
         routed.on_hidden = self._collector.collect

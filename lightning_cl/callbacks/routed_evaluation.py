@@ -136,8 +136,8 @@ class RoutedEvaluation(ContinualCallback):
     ) -> dict[str, dict[str, float]]:
         scores = dict(known)
         for mode in modes:
-            with self.evaluating_with(mode), aside(trainer) as metric:
-                scores[mode] = task_scores(trainer, pl_module, stream, metric)
+            with self.evaluating_with(mode), aside(trainer) as monitor:
+                scores[mode] = task_scores(trainer, pl_module, stream, monitor)
         self.confusion.scores = scores
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, ForgettingMonitor):

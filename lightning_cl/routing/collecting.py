@@ -22,13 +22,15 @@ class FeatureCollector:
 
     Args:
         statistics: Where the features go.
-        column: The task's column.
+        name: The task's name.
+        adapter: Its adapter.
         joined_rows: Gives how many rows at the end of the batch are replayed ones.
     """
 
-    def __init__(self, statistics: RouterStatistics, column: int, joined_rows: Callable[[], int]) -> None:
+    def __init__(self, statistics: RouterStatistics, name: str, adapter: str, joined_rows: Callable[[], int]) -> None:
         self.statistics = statistics
-        self.column = column
+        self.name = name
+        self.adapter = adapter
         self._joined_rows = joined_rows
         self._batch: Any = None  # whose features are still to come
         self._frozen: list[nn.Module] = []
@@ -57,7 +59,8 @@ class FeatureCollector:
         rows = task_rows(hidden, self._batch, arguments, self._joined_rows())
         if rows is not None:
             self._batch = None
-            self.statistics.observe(rows, self.column)
+            # Looked up now: a checkpoint that was loaded after the task's start has brought its own columns.
+            self.statistics.observe(rows, self.statistics.label(self.name, self.adapter))
 
     def release(self) -> None:
         """Give the layers their dropout back."""

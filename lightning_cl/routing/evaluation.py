@@ -106,51 +106,39 @@ def task_of_loader(trainer: pl.Trainer, split: Split, dataloader_idx: int) -> st
 
 
 @contextmanager
-def aside(trainer: pl.Trainer) -> Iterator[str | None]:
-    """Evaluate without loggers and monitors, so that the scores go into no task matrix; gives the monitor's metric."""
+def aside(trainer: pl.Trainer) -> Iterator[Any]:
+    """Evaluate without loggers and monitors, so that the scores go into no task matrix; gives the monitor, or None."""
     runner: Any = trainer
     callbacks, loggers = runner.callbacks, runner.loggers
-    metrics = [c.metric for c in callbacks if type(c).__name__ == "ForgettingMonitor"]
-    runner.callbacks = [c for c in callbacks if type(c).__name__ != "ForgettingMonitor"]
+    monitors = [callback for callback in callbacks if type(callback).__name__ == "ForgettingMonitor"]
+    runner.callbacks = [callback for callback in callbacks if callback not in monitors]
     runner.loggers = []
     try:
         with isolate_rng():
-            yield metrics[0] if metrics else None
+            yield monitors[0] if monitors else None
     finally:
         runner.callbacks, runner.loggers = callbacks, loggers
 
 
-def task_scores(
-    trainer: pl.Trainer, pl_module: pl.LightningModule, stream: Any, metric: str | None = None
-) -> dict[str, float]:
-    """Each task's score on its test rows, or, where it has none, its validation rows.
-
-    Args:
-        trainer: The Trainer.
-        pl_module: The module.
-        stream: The ``TaskStream``.
-        metric: The metric's name; None: each task's own, or the only one that is logged.
-    """
-    from lightning_cl.metrics import find_score
+def task_scores(trainer: pl.Trainer, pl_module: pl.LightningModule, stream: Any, monitor: Any) -> dict[str, float]:
+    """Each task's score, evaluated and read as a row of the stream's matrix is, but not put into it. Collective."""
+    from lightning_cl.stream.scores import read_scores
 
     tests, validates = (is_overridden(step, pl_module) for step in ("test_step", "validation_step"))
-    by_test = [task for task in stream.tasks if tests and task.test is not None]
-    by_validation = [task for task in stream.tasks if validates and task.val is not None and task not in by_test]
-    scores: dict[str, float] = {}
-    for split, tasks, call in (("test", by_test, trainer.test), ("val", by_validation, trainer.validate)):
-        if not tasks:
-            continue
-        before, stream.row = stream.row, {"test": [], "val": [], split: tasks}
-        try:
-            logged = dict(i for entry in call(pl_module, datamodule=stream, verbose=False) for i in entry.items())
-        finally:
-            stream.row = before
-        for index, task in enumerate(tasks):
-            own = None if task.metric is None else task.metric.rpartition(".")[2]  # a class is logged by its name
-            name, _ = find_score(logged, index, len(tasks), task.name, metric, own)
-            if name is not None:
-                scores[task.name] = float(logged[name])
-    return scores
+    rows = [task for task in stream.tasks if task.test is not None or task.val is not None]
+    by_test = [task for task in rows if tests and task.test is not None]
+    by_validation = [task for task in rows if validates and task not in by_test]
+    before = stream.row, stream.cells, stream.missing
+    stream.cells, stream.missing = {}, {}
+    try:
+        for split, tasks, call in (("test", by_test, trainer.test), ("val", by_validation, trainer.validate)):
+            if tasks:
+                stream.row = {"test": [], "val": [], split: tasks}
+                logged = call(pl_module, datamodule=stream, verbose=False)
+                read_scores(stream, 0, tasks, logged, monitor)
+        return {task: cell["value"] for (_, task), cell in stream.cells.items()}
+    finally:
+        stream.row, stream.cells, stream.missing = before
 
 
 def check_mode(mode: str) -> None:

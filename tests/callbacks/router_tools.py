@@ -167,10 +167,11 @@ def stream(rank: int, folder: Path) -> dict[str, Any]:
     """A task stream under FSDP: the number of adapters is known from the stream."""
     tasks = [Task(f"t{k}", train=TaskRows(k), test=TaskRows(k, rows=6, seed=4)) for k in range(3)]
     data = TaskStream(tasks, batch_size=4, collate_fn=models.collate)
-    lm, router = module(), fitter()
+    lm, router = module(), fitter(compare=True)
     trainer = models.trainer(folder, callbacks=[router], max_epochs=1, max_steps=-1, strategy="cl_fsdp", devices=2)
     fit_stream(trainer, lm, data)
-    return {"stages": router.confusion.stages, "names": router._bank.names, "adapters": adapters(router)}
+    found = {"stages": router.confusion.stages, "names": router._bank.names, "adapters": adapters(router)}
+    return {**found, "scores": router.confusion.scores}
 
 
 def stream_of(tasks: int = 3) -> TaskStream:

@@ -68,6 +68,10 @@ def test_a_stream_under_fsdp2_allocates_its_adapters_ahead(two_processes):
     first, second = result(two_processes, "stream")
     assert first["names"] == ["task_0", "task_1", "task_2"]
     assert first["stages"] == second["stages"]
+    assert first["scores"] == second["scores"]
+    routed, oracle, base = (first["scores"][mode] for mode in ("routed", "oracle", "base"))
+    assert routed == pytest.approx(oracle)
+    assert all(base[task] > routed[task] for task in ("t0", "t1", "t2"))
     last = first["stages"][2]
     assert {task: row.get(task, 0) for task, row in last.items()} == {f"t{k}": 6 for k in range(3)}
     assert all(torch.equal(value, second["adapters"][name]) for name, value in first["adapters"].items())
