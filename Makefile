@@ -12,6 +12,7 @@ OLDEST ?= .venv-oldest
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+export PYTHONUNBUFFERED ?= 1
 
 .PHONY: demo test test-all test-oldest lint wheel clean
 

@@ -71,7 +71,7 @@ def _shared(model: nn.Module, batch: Mapping[str, Any]) -> Tensor | None:
     if accepts(model, "position_ids"):
         inputs["position_ids"] = positions(prompt_mask)
     logits, output = output_at(model, inputs, last, use_cache=True)
-    cache = getattr(output, "past_key_values", None)
+    cache = getattr(output, _cache_name(model), None)
     if not _can_branch(cache):
         return None
     first = logits.float().log_softmax(-1)
@@ -117,7 +117,7 @@ def _side_by_side(model: Any, cache: Any, batch: Mapping[str, Any]) -> Tensor:
         "input_ids": ids[:, :, :steps].reshape(rows, options * steps),
         "attention_mask": attention_mask,
         "position_ids": prompt_mask.long().sum(-1)[:, None] + (place % steps)[None],
-        "past_key_values": cache,
+        _cache_name(model): cache,
     }
     if length == 1:
         scored[0, 0, 0] = True
@@ -138,7 +138,7 @@ def _continue(model: nn.Module, cache: Any, batch: Mapping[str, Any], part: slic
     inputs = {
         "input_ids": ids[:, :, :-1].reshape(rows * options, length - 1),
         "attention_mask": torch.cat([prompt_mask.repeat_interleave(options, 0), known], dim=1),
-        "past_key_values": branch,
+        _cache_name(model): branch,
     }
     if accepts(model, "position_ids"):
         start = prompt_mask.long().sum(-1).repeat_interleave(options)[:, None]
@@ -181,6 +181,11 @@ def _reads_masks(model: Any, cache: Any) -> bool:
         and accepts(model, "position_ids")
         and not getattr(config, "alibi", False)
     )
+
+
+def _cache_name(model: Any) -> str:
+    """What the model's family and the installed transformers call the cache."""
+    return "cache" if accepts(model, "cache") else "past_key_values"
 
 
 def _can_branch(cache: Any) -> bool:
