@@ -396,6 +396,13 @@ class SelfGenerated(ReplaySource):
                 f"Only {kept} of {made} self-generated rows were grammatical, and {min(kept, self.pool_size)} of the"
                 f" {self.pool_size} wanted are replayed. A higher `prompt_loss_weight` or a longer `length` helps."
             )
+        missing = [task for task in self._grammars if task not in {row.task for row in self._pool}]
+        if missing:
+            rank_zero_warn(
+                f"Past task {missing[0]!r} ({len(missing)} of {len(self._grammars)}) has no row among the {len(self._pool)}"
+                " replayed ones: none that was generated for it was grammatical, so it is not protected. A higher"
+                " `prompt_loss_weight`, a longer `length` or a larger `pool_size` helps."
+            )
         metrics = {
             "cl/generation_seconds": seconds,
             "cl/generation_seconds_total": self.seconds,
