@@ -146,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
         "--mode",
         choices=("auto", "graph", "compile", "eager"),
         default="auto",
-        help="how to decode; compile pays for tens of thousands of rows (default: %(default)s)",
+        help="how to decode; compile takes a minute to start: for very many rows (default: %(default)s)",
     )
     parser.add_argument("--force", action="store_true", help="replace the output file")
     return parser

@@ -77,9 +77,9 @@ class DecodeEngine:
         on_eos: ``"continue"`` treats the end token as any other (the paper), ``"stop"`` ends the row after it.
         eos_token_ids: The end tokens; needed for ``"stop"``.
         batch_size: Rows decoded together; by default as many as free memory allows (64 on a CPU).
-        mode: ``"graph"`` records eager kernels (CUDA), ``"compile"`` compiles the step first, which takes a minute and
-            pays for tens of thousands of rows, ``"eager"`` does neither. ``"auto"``: ``"graph"``. Without a GPU, for models
-            that cannot have a static cache and for rows longer than a sliding window, all are ``"eager"``.
+        mode: ``"graph"`` records eager kernels (CUDA), ``"compile"`` compiles the step first, which takes a minute or
+            so: for very many rows; ``"eager"`` does neither. ``"auto"``: ``"graph"``. Without a GPU, for models that cannot
+            have a static cache and for rows longer than a sliding window, all are ``"eager"``.
         seed: Seed of all rows.
 
     Raises:
