@@ -78,6 +78,9 @@ class ContinualCallback(Callback):
     def on_task_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called when the task's training has ended (not when it was interrupted)."""
 
+    def on_stream_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called by ``fit_stream`` when the last row of its task matrix is known."""
+
     def require_replay_rows(self, trainer: pl.Trainer) -> None:
         """Refuse a run without replay rows; for callbacks whose method works on them, in :meth:`prepare_task`.
 

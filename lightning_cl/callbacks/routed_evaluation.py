@@ -110,8 +110,9 @@ class RoutedEvaluation(ContinualCallback):
         """
         return self._compare(trainer, pl_module, stream, MODES, {})
 
+    @override
     def on_stream_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called by ``fit_stream`` after the last row of its matrix: set its scores beside those of the other modes."""
+        """Set the last row's scores beside those of the other modes."""
         if not self.compare or self.routed.bank is None:
             return
         stream = trainer.datamodule  # type: ignore[attr-defined]
