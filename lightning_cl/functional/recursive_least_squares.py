@@ -36,7 +36,8 @@ class RecursiveLeastSquares:
     always multiplied from the narrow side, so a block of N rows costs ``O(N E^2)``. The label space widens by itself:
     column = integer label, and labels that never came are zero columns.
 
-    Memory: one ``E x E`` matrix in ``dtype`` (E = 4096 in float64: 134 MB) and a second one while solving.
+    Memory: one ``E x E`` matrix in ``dtype`` (E = 4096 in float64: 134 MB), a second one while solving, and four more
+    while a ridge is chosen.
 
     Args:
         in_features: Width E of a feature row.
