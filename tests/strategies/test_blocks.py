@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Blocks that are compiled or recomputed: one code for all of them, caches left to generation, options that change."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from lightning_cl.strategies.blocks import find_shard_blocks, prepare_blocks
+from tests.helpers import models
+
+IDS = torch.arange(4, 20)[None].repeat(3, 1)
+
+
+@pytest.fixture
+def counter(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Counts compiled variants; traces and differentiates, but generates no code, which would take a compiler."""
+    found = CompileCounterWithBackend("aot_eager")
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda fn, **kwargs: compile(fn, backend=found, **kwargs))
+    torch.compiler.reset()
+    yield found
+    torch.compiler.reset()
+
+
+def _deep(layers: int = 10) -> Any:
+    return models.PlainLM(models.lora(models.tiny_llama(num_hidden_layers=layers))).train()
+
+
+def _gradients(module: Any, **kwargs: Any) -> list[torch.Tensor]:
+    module.zero_grad()
+    module.model(input_ids=IDS, labels=IDS, **kwargs).loss.backward()
+    return [p.grad.clone() for p in module.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_ten_blocks_with_the_cache_that_models_make_unasked_share_one_code(counter: Any, recompute: bool) -> None:
+    module = _deep()
+    expected = _gradients(module)
+    prepare_blocks(module, find_shard_blocks(module), recompute=recompute, compile=True)
+    found = _gradients(module)
+    assert counter.frame_count == 1
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_generation_is_not_compiled_and_scoring_is(counter: Any) -> None:
+    module = _deep(2)
+    module.eval()
+    expected = module.model.generate(input_ids=IDS, max_new_tokens=5, do_sample=False)
+    prepare_blocks(module, find_shard_blocks(module), compile=True)
+    assert torch.equal(module.model.generate(input_ids=IDS, max_new_tokens=5, do_sample=False), expected)
+    assert counter.frame_count == 0
+    with torch.no_grad():
+        module.model(input_ids=IDS, use_cache=False)
+    assert counter.frame_count == 1
+
+
+def test_a_cache_that_holds_something_is_kept(counter: Any) -> None:
+    from transformers import DynamicCache
+
+    module = _deep(2)
+    with torch.no_grad():
+        cache = module.model(input_ids=IDS, past_key_values=DynamicCache(), use_cache=True).past_key_values
+        expected = module.model(input_ids=IDS[:, :2], past_key_values=cache, use_cache=True).logits
+        prepare_blocks(module, find_shard_blocks(module), compile=True)
+        cache = module.model(input_ids=IDS, past_key_values=DynamicCache(), use_cache=True).past_key_values
+    found = module.model(input_ids=IDS[:, :2], past_key_values=cache, use_cache=True).logits
+    torch.testing.assert_close(found, expected)
+    assert counter.frame_count == 0
+
+
+def test_asked_again_and_asked_otherwise() -> None:
+    module = _deep(2)
+    blocks = find_shard_blocks(module)
+    block = module.get_submodule(blocks[0])
+    plain = block.forward
+    prepare_blocks(module, blocks, recompute=True)
+    first = block.forward
+    prepare_blocks(module, blocks, recompute=True)
+    assert block.forward is first
+    prepare_blocks(module, blocks)
+    assert block.forward == plain
