@@ -19,8 +19,7 @@ _ROTATIONS = ("default", "linear", "llama3", "yarn")
 # Of the free memory, for the copies of the weights.
 _SHARE = 0.3
 # Root mean square of the logits' difference from the model's own, of their spread: bfloat16 leaves 0.02 in 30 layers.
-_TOLERANCE = {torch.float32: 0.02, torch.float64: 0.02}
-_HALF_TOLERANCE = 0.1
+_TOLERANCE, _TOLERANCE_16 = 0.02, 0.1
 
 
 class _Block(NamedTuple):
@@ -72,8 +71,9 @@ class FusedNetwork:
 
     @staticmethod
     def supports(model: Any, length: int) -> bool:
-        """Whether rows of ``length`` tokens can be made of the model in this way: its family, its kinds of layers, no
-        sliding window in reach, and room for the copies.
+        """Whether rows of ``length`` tokens can be made of the model in this way.
+
+        That takes its family, plain or LoRA layers, no sliding window in reach, and room for the copies.
         """
         # By name, because sharding puts a class of its own in front.
         if not _FAMILIES & {cls.__name__ for cls in type(model).__mro__}:
@@ -84,26 +84,27 @@ class FusedNetwork:
         if model.model.rotary_emb.rope_type not in _ROTATIONS or type(model.get_input_embeddings()) is not nn.Embedding:
             return False
         layers = model.model.layers
-        names = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
-        parts = [getattr(owner, n) for one in layers for owner, ns in _owners(one, names) for n in ns]
-        parts.append(model.get_output_embeddings())
+        inputs = [getattr(one.self_attn, name) for one in layers for name in ("q_proj", "k_proj", "v_proj")]
+        others = [getattr(one.mlp, name) for one in layers for name in ("gate_proj", "up_proj", "down_proj")]
+        others += [one.self_attn.o_proj for one in layers]
+        head = model.get_output_embeddings()
         devices = {p.device for p in model.parameters()}
-        if len(devices) != 1 or not all(_copyable(part) for part in parts):
+        if len(devices) != 1 or not all(_copyable(part) for part in [*inputs, *others, head]):
             return False
-        biased = [one.self_attn.o_proj for one in layers] + [getattr(one.mlp, n) for one in layers for n in names[1]]
-        if any(_base(part).bias is not None for part in [*biased, parts[-1]]):
+        if any(_base(part).bias is not None for part in [*others, head]):
             return False
         device = devices.pop()
         if device.type != "cuda":
             return True
-        size = sum(_base(part).weight.nbytes for part in parts[:-1])
+        size = sum(_base(part).weight.nbytes for part in inputs + others)
         free = torch.cuda.mem_get_info(device)[0]
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return size <= _SHARE * free
 
     def agrees(self) -> bool:
-        """Whether this pass gives the model's own logits up to rounding; warns if not. Something may act on the model
-        that its family does not have: a hook, another kind of adapter, a changed forward.
+        """Whether this pass gives the model's own logits up to rounding; warns if not.
+
+        Something may act on the model that its family does not have: a hook, another kind of adapter, a changed forward.
         """
         vocabulary = len(self._head)
         tokens = torch.randint(vocabulary, (2, 6), generator=torch.Generator().manual_seed(0)).to(self._device)
@@ -116,7 +117,8 @@ class FusedNetwork:
         error = float((torch.stack(found, 1).float() - expected).norm() / spread)
         self.allocate(0, 0)
         # A model without usable logits stops the generation itself, with the position.
-        if error <= _TOLERANCE.get(self.dtype, _HALF_TOLERANCE) or not bool(expected.isfinite().all()):
+        allowed = _TOLERANCE_16 if self.dtype.itemsize == 2 else _TOLERANCE
+        if error <= allowed or not bool(expected.isfinite().all()):
             return True
         rank_zero_warn(
             f"`{type(self._model).__name__}` does not compute what its family does (logits differ by {error:.2g} of"
@@ -224,13 +226,9 @@ class FusedNetwork:
         if base is not part and not part.disable_adapters and not part.merged:
             for adapter in part.active_adapters:
                 if adapter in part.lora_A:
-                    weight = weight.float() + part.get_delta_weight(adapter).detach().float()
+                    work = torch.promote_types(weight.dtype, torch.float32)
+                    weight = weight.to(work) + part.get_delta_weight(adapter).detach().to(work)
         return weight.to(self.dtype)
-
-
-def _owners(layer: Any, names: tuple[tuple[str, ...], tuple[str, ...]]) -> Iterator[tuple[Any, tuple[str, ...]]]:
-    yield layer.self_attn, names[0]
-    yield layer.mlp, names[1]
 
 
 def _base(part: Any) -> Any:
