@@ -57,7 +57,8 @@ class CLFSDPStrategy(ModelParallelStrategy):
         prefetch: gather this many blocks ahead; 0 leaves the order to FSDP.
         reduce_dtype: dtype in which gradients are averaged, ``"float32"`` or the parameters' own (``"compute"``).
         activation_checkpointing: recompute each block's activations in the backward pass.
-        compile_blocks: ``torch.compile`` each block.
+        compile_blocks: ``torch.compile`` each block, as in ``CLSingleDeviceStrategy``; the blocks are those that are
+            sharded.
         cpu_offload: keep shards, gradients and optimizer state in host memory.
         sharded_checkpoint: write a folder, each rank its shards, instead of one file gathered on rank 0.
         save_base: keep the frozen base in checkpoints as well.
