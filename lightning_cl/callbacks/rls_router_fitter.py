@@ -53,7 +53,8 @@ class RLSRouterFitter(RoutedEvaluation):
     A module without LoRA layers (a CNN, full fine-tuning) gets the router alone: see :meth:`route`.
 
     Memory: one ``E x E`` float64 matrix for the finished tasks (in host memory between tasks; E = 4096: 134 MB), one
-    more while a task runs, and four more for a moment at its end; one adapter on the device, the other tasks' in host memory (FSDP: sharded, on the device).
+    more while a task runs, and four more for a moment at its end; one adapter on the device, the other tasks' in host
+    memory (FSDP: sharded, on the device).
 
     Args:
         feature_layer: ``"auto"`` (an eighth of the depth, the paper's 4 of 32), the number of blocks below the
