@@ -184,7 +184,7 @@ def run(folder: Path, setup: str, ckpt_path: str | None, point: Point | None) ->
     from lightning.pytorch.loggers import CSVLogger
 
     from lightning_cl import fit_stream
-    from lightning_cl.callbacks import ContinualCallback
+    from lightning_cl.callbacks import ContinualCallback, ForgettingMonitor
     from lightning_cl.strategies import BackgroundCheckpointIO, CLSingleDeviceStrategy
 
     rank, devices = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -220,7 +220,8 @@ def run(folder: Path, setup: str, ckpt_path: str | None, point: Point | None) ->
     end = {
         "weights": model.state_dict(),
         "optimizer": [optimizer.state_dict() for optimizer in trainer.optimizers],
-        "callbacks": {c.state_key: c.state_dict() for c in ours},
+        # The diary of the report is rank 0's.
+        "callbacks": {c.state_key: c.state_dict() for c in ours if rank == 0 or not isinstance(c, ForgettingMonitor)},
         "matrix": {f"{stage} {task}": score.value for (stage, task), score in matrix.scores().items()},
         "random": torch.get_rng_state(),
         "files": _files(folder) if rank == 0 else {},

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lightning_cl.checkpoints import pending_checkpoint
 from lightning_cl.distributed import gather_objects, raise_together, rank, world_size
 from lightning_cl.replay.anchor import WeightAnchor
 from lightning_cl.replay.generation import DecodeEngine
@@ -226,9 +227,9 @@ class SelfGenerated(ReplaySource):
         self._trainer, self._module, self._looked_at = trainer, pl_module, -1
         self._last_module = weakref.ref(pl_module)
         self._anchor.rebind()
-        if trainer.ckpt_path is None:
+        if pending_checkpoint(trainer) is None:
             self._refill_if_due()
-        # A restored run has its weights and its pool only later: the first step looks whether a pool is due.
+        # A restored run may have its weights and its pool only later: the first step looks whether a pool is due.
 
     @property
     def observes(self) -> bool:
