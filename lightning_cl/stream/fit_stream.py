@@ -53,8 +53,8 @@ def fit_stream(
 
     A run that was killed goes on from any of its checkpoints as if nothing had happened (bit for bit on the CPU with
     the same number of processes): the files of ForgettingMonitor and of a CSVLogger with the same folder are set back
-    to the checkpoint. Loggers that only append may repeat steps, and a checkpoint written by an exception inside a step
-    begins that step anew.
+    to the checkpoint. Loggers that only append may repeat steps; means that Lightning logs of an epoch begin anew where the
+    epoch is taken up; and a checkpoint written by an exception inside a step begins that step anew.
 
     Args:
         trainer: any Trainer whose strategy keeps its processes (not ``ddp_spawn`` and the like).

@@ -76,7 +76,7 @@ def where(trainer: pl.Trainer) -> str:
     return "batch_end" if batch.processed > batch.completed else "between"
 
 
-def unlogged(trainer: pl.Trainer) -> dict[str, float]:
+def unlogged(trainer: pl.Trainer) -> dict[str, int | float]:
     """What Lightning is about to log of the step or the epoch that has just ended, once its hooks have run."""
     loop, connector = trainer.fit_loop, trainer._logger_connector
     epoch: Any = loop.epoch_progress.current
@@ -86,14 +86,21 @@ def unlogged(trainer: pl.Trainer) -> dict[str, float]:
         due = trainer.training and epoch.completed < epoch.processed == epoch.ready
     if not due or trainer._results is None:
         return {}
-    return {name: float(value) for name, value in connector.metrics["log"].items()}
+    values: dict[str, int | float] = {name: float(value) for name, value in connector.metrics["log"].items()}
+    if values and "step" not in values:
+        # Lightning adds it, and on resuming an epoch's end it counts that epoch already.
+        values.setdefault("epoch", trainer.current_epoch)
+    return values
 
 
 def log_unlogged(trainer: pl.Trainer, resume: Resume) -> None:
     """Log it in the run that takes up from there, at its own step."""
     if not resume.unlogged:
         return
-    values = {name: torch.tensor(value, dtype=torch.float64) for name, value in resume.unlogged.items()}
+    values = {
+        name: torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
+        for name, value in resume.unlogged.items()
+    }
     loop = trainer.fit_loop.epoch_loop
     # Lightning logs an epoch's metrics at its last step.
     back = resume.point == "epoch_end"
@@ -124,7 +131,7 @@ class Resume:
         self.position: Position = dict(state.get("position") or {"epoch": 0, "batches": 0, "rows": 0})
         self.should_stop: bool = bool(state.get("should_stop"))
         self.metrics: dict[str, float] = dict(state.get("metrics", {}))
-        self.unlogged: dict[str, float] = dict(state.get("unlogged", {}))
+        self.unlogged: dict[str, int | float] = dict(state.get("unlogged", {}))
         self._rng: list[dict[str, Any]] | None = list(state.get("rng", ())) or None
 
     @property
