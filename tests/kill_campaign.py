@@ -146,7 +146,7 @@ def compare(path: str, ours: Any, theirs: Any) -> list[str]:
         if ours.keys() != theirs.keys():
             return [f"{path} (keys {sorted(map(str, ours.keys() ^ theirs.keys()))})"]
         # How long something took is the clock's, not the run's.
-        keys = [key for key in ours if "seconds" not in str(key)]
+        keys = [key for key in ours if "second" not in str(key)]
         return [found for key in keys for found in compare(f"{path}.{key}", ours[key], theirs[key])]
     if isinstance(ours, (list, tuple)) and isinstance(theirs, (list, tuple)):
         if len(ours) != len(theirs):
