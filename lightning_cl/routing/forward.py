@@ -23,6 +23,9 @@ from lightning_cl.routing.router import BASE, AnalyticRouter, Routes
 __all__ = ["RoutedForward"]
 
 
+_CACHES = ("cache", "past_key_values")
+
+
 @dataclass
 class _Call:
     """What is known of the call of the network that runs now."""
@@ -33,9 +36,13 @@ class _Call:
     routed_tokens: int = 0
 
     @property
+    def cache(self) -> Any:
+        """The cache that the call goes on from, whatever this release of transformers calls it."""
+        return next((self.arguments[name] for name in _CACHES if self.arguments.get(name) is not None), None)
+
+    @property
     def cached_tokens(self) -> int:
-        cache: Any = self.arguments.get("past_key_values")
-        return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+        return int(self.cache.get_seq_length()) if hasattr(self.cache, "get_seq_length") else 0
 
 
 class RoutedForward:
@@ -230,7 +237,10 @@ class RoutedForward:
         if call.depth <= 0:
             self._call = None
             if call.routed_tokens and not self._generating:
-                keys = _last_keys(getattr(output, "past_key_values", None), call.routed_tokens)
+                made = next(
+                    (getattr(output, name) for name in _CACHES if getattr(output, name, None) is not None), None
+                )
+                keys = _last_keys(made, call.routed_tokens)
                 self._kept_keys = None if keys is None else (call.routed_tokens, keys.clone())
 
     def _at_feature_layer(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -261,7 +271,7 @@ class RoutedForward:
         if self._kept and self._generating and rows % len(self._kept) == 0:
             return _repeated(self._kept, rows)
         if self._kept and not self._generating and call.cached_tokens > 0:
-            return self._continued(rows, call.arguments["past_key_values"])
+            return self._continued(rows, call.cache)
         if hidden.ndim == 3:
             call.routed_tokens = hidden.shape[1]
         self.last = self.router.route(pool(hidden, self._prompt(hidden, call.arguments)))

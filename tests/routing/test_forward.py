@@ -115,16 +115,17 @@ def test_a_call_with_adapters_named_by_the_user_wins(ready):
             ready.model(**batch)
 
 
-@pytest.mark.parametrize("share_prompt", [True, False])
-def test_options_scored_on_a_cached_prompt_take_the_prompts_routes(ready, share_prompt, monkeypatch):
-    # Chunks of rows that are continued from a copy of the cache, in another number than the prompts were.
-    monkeypatch.setattr("lightning_cl.modules.option_scores._rows_at_once", lambda *args: 4)
+@pytest.mark.parametrize("way", ["side_by_side", "branches", "each"])
+def test_options_scored_on_a_cached_prompt_take_the_prompts_routes(ready, way, monkeypatch):
+    if way == "branches":  # chunks of rows that go on from a copy of the cache, in another number than the prompts were
+        monkeypatch.setattr("lightning_cl.modules.option_scores._reads_masks", lambda *args: False)
+        monkeypatch.setattr("lightning_cl.modules.option_scores._rows_at_once", lambda *args: 4)
     batch = prompts(left=True)
     options = torch.randint(4, 128, (8, 2, 3))
     batch |= {"option_ids": options, "option_mask": torch.ones_like(options, dtype=torch.bool)}
     with torch.no_grad():
         ready.routed.prompt = prompt_mask(batch["attention_mask"], None)
-        found = option_scores(ready.model, batch, share_prompt=share_prompt)
+        found = option_scores(ready.model, batch, share_prompt=way != "each")
         expected = []
         for row in range(8):  # the routes given by hand, one row at a time
             with ready.routed.given(f"task_{row % TASKS}"):
