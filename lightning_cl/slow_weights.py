@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+import fnmatch
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -12,10 +13,45 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
-from lightning_cl import weights
+from lightning_cl import anatomy, weights
 from lightning_cl.functional.interpolation import update_average_, warmup_decay
 
 Parameters = Mapping[str, nn.Parameter]
+
+
+def averaged_parameters(root: nn.Module, module: nn.Module, chosen: str) -> dict[str, nn.Parameter]:
+    """The trained parameters that are averaged, by name.
+
+    Args:
+        root: the module that holds the parameters as they are sharded.
+        module: the user's module.
+        chosen: ``"auto"``, ``"lora"``, ``"trainable"`` or a pattern of names, as in ``LoRAInterpolator(parameters=...)``.
+
+    Raises:
+        MisconfigurationException: if there are none.
+    """
+    weights.reshard(root)
+    trained = weights.trainable(root)
+    kind = type(module).__name__
+    if chosen in ("auto", "lora") and not anatomy.has_lora(module):
+        raise MisconfigurationException(
+            f"`LoRAInterpolator(parameters={chosen!r})` found no PEFT adapter layer in `{kind}`, and a slow copy of all its"
+            f" trained weights takes {4 * sum(p.numel() for p in trained.values()) / 2**30:.2f} GiB. Add LoRA layers with"
+            ' PEFT, or set `parameters="trainable"` or a pattern such as "*.mlp.*".'
+        )
+    if chosen in ("auto", "trainable"):
+        found = trained
+    elif chosen == "lora":
+        found = {n: p for n, p in trained.items() if "lora_" in n}
+    else:
+        found = {n: p for n, p in trained.items() if fnmatch.fnmatchcase(n, chosen)}
+    if not found:
+        raise MisconfigurationException(
+            f"`LoRAInterpolator(parameters={chosen!r})` fits none of the {len(trained)} trained parameters of `{kind}`"
+            f' ({", ".join(list(trained)[:3]) or "all are frozen"}). Set `parameters="trainable"`, or a pattern that'
+            " fits their names."
+        )
+    return found
 
 
 class SlowWeights:
@@ -48,12 +84,31 @@ class SlowWeights:
         self._groups: list[weights.ShardingGroup] = []
         # Whole tensors of a checkpoint, until the parameters whose shards they become are known.
         self._loaded: dict[str, Tensor] | None = None
+        self._held: ExitStack | None = None
 
     def bind(self, module: nn.Module, parameters: Parameters) -> None:
         """Average these parameters of this module from now on; :meth:`start` follows when they hold their values."""
         self._module = module
         self._groups = weights.sharding_groups(module)
         self.parameters = dict(parameters)
+
+    def bind_all(self, module: nn.Module) -> None:
+        """Bind to every parameter of the module that there is an average of, whether it trains or not.
+
+        Raises:
+            MisconfigurationException: if the module lacks one of them.
+        """
+        weights.reshard(module)
+        named = {weights.clean_name(name): p for name, p in module.named_parameters()}
+        names = self._loaded or self.shards
+        lost = [name for name in names if name not in named]
+        if lost:
+            raise MisconfigurationException(
+                f"The checkpoint holds slow weights of {lost[0]!r} and {len(lost) - 1} more, which"
+                f" `{type(module).__name__}` does not have. Build the model as it was in training, with its adapters, or"
+                ' set `evaluate_with="fast"`.'
+            )
+        self.bind(module, {name: named[name] for name in names})
 
     def start(self) -> None:
         """Bring averages and parameters together: parameters without an average get a copy of their values.
@@ -118,6 +173,22 @@ class SlowWeights:
         here = {name: self.shards[name] for name in self.parameters}
         return weights.swapped(self._module, here, self.parameters, self._groups)
 
+    @property
+    def held(self) -> bool:
+        """Whether the parameters hold the averages now, by :meth:`hold`."""
+        return self._held is not None
+
+    def hold(self) -> None:
+        """Put the averages into the parameters until :meth:`let_go`."""
+        self._held = ExitStack()
+        self._held.enter_context(_outside_inference_mode(self.in_module()))
+
+    def let_go(self) -> None:
+        """Put the parameters' own values back, if the averages are held."""
+        held, self._held = self._held, None
+        if held is not None:
+            held.close()
+
     def write(self) -> None:
         """Leave the averages in the parameters."""
         assert self._module is not None
@@ -148,6 +219,18 @@ class SlowWeights:
         """Whether the parameter is its average, as far as its precision can tell."""
         here, shard = weights.local(self.parameters[name]), self.shards[name]
         return here.shape == shard.shape and torch.equal(here, shard.to(here.device, here.dtype))
+
+
+@contextmanager
+def _outside_inference_mode(context: AbstractContextManager[None]) -> Iterator[None]:
+    """Enter and leave ``context`` with inference mode off: what it makes must be usable in training."""
+    with torch.inference_mode(False):
+        context.__enter__()
+    try:
+        yield
+    finally:
+        with torch.inference_mode(False):
+            context.__exit__(None, None, None)
 
 
 def _fitting(name: str, shard: Tensor, parameter: nn.Parameter) -> Tensor:

@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +18,7 @@ from lightning_cl import anatomy, weights
 from lightning_cl.attachment import Step
 from lightning_cl.callbacks.base import ContinualCallback
 from lightning_cl.functional.interpolation import consistency_loss, half_life_to_decay, remaining_share
-from lightning_cl.slow_weights import SlowWeights
+from lightning_cl.slow_weights import SlowWeights, averaged_parameters
 
 # An average that still holds more than this share of the weights of before the task has hardly seen the task.
 _LARGEST_SHARE_OF_BEFORE = 0.1
@@ -101,9 +99,15 @@ class LoRAInterpolator(ContinualCallback):
     ) -> None:
         super().__init__()
         _check_arguments(half_life, decay, consistency_weight, layers, parameters, update_every_n_steps)
-        _check_choice("evaluate_with", evaluate_with, ("slow", "fast"))
-        _check_choice("consistency", consistency, ("mse", "one_sided"))
-        _check_choice("export", export, ("slow", "fast", None))
+        for name, value, choices in (
+            ("evaluate_with", evaluate_with, ("slow", "fast")),
+            ("consistency", consistency, ("mse", "one_sided")),
+            ("export", export, ("slow", "fast", None)),
+        ):
+            if value not in choices:
+                raise MisconfigurationException(
+                    f"`LoRAInterpolator({name}={value!r})` is not one of {', '.join(map(repr, choices))}."
+                )
         self.half_life = half_life
         self.decay = decay
         self.warmup = warmup
@@ -121,7 +125,6 @@ class LoRAInterpolator(ContinualCallback):
         self._begun = False
         self._task_decay = 0.0
         self._watched: list[str] = []
-        self._held: ExitStack | None = None
         self._said_no_rows = False
         self._evaluates_checkpoint = False
 
@@ -154,7 +157,8 @@ class LoRAInterpolator(ContinualCallback):
     def on_task_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the parameters and ask for the slow forward on replay rows."""
         self._begun = False
-        self._average.bind(weights.sharding_root(trainer, pl_module), self._selected(trainer, pl_module))
+        root = weights.sharding_root(trainer, pl_module)
+        self._average.bind(root, averaged_parameters(root, pl_module, self.parameters))
         if self.export is not None and anatomy.peft_model(pl_module) is None:
             raise MisconfigurationException(
                 f"`LoRAInterpolator(export={self.export!r})` writes PEFT adapter folders, and"
@@ -189,8 +193,8 @@ class LoRAInterpolator(ContinualCallback):
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take in parameters that have started to train."""
-        selected = self._selected(trainer, pl_module)
-        self._average.join({n: p for n, p in selected.items() if n not in self._average.parameters})
+        chosen = averaged_parameters(weights.sharding_root(trainer, pl_module), pl_module, self.parameters)
+        self._average.join({n: p for n, p in chosen.items() if n not in self._average.parameters})
 
     @override
     def on_train_batch_end(
@@ -211,37 +215,25 @@ class LoRAInterpolator(ContinualCallback):
         # The check of validation before training comes before `on_train_start`.
         self._begin(trainer, pl_module)
         if self.evaluate_with == "slow":
-            self._hold()
+            self._average.hold()
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put the fast weights back, before any checkpoint callback saves."""
-        self._let_go()
+        self._average.let_go()
 
     @override
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Evaluate the slow weights of a checkpoint that holds both sets."""
         self._evaluate_checkpoint(trainer, pl_module)
 
-    @override
-    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Put the fast weights back."""
-        self._let_go()
-
-    @override
-    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Predict with the slow weights of a checkpoint that holds both sets."""
-        self._evaluate_checkpoint(trainer, pl_module)
-
-    @override
-    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Put the fast weights back."""
-        self._let_go()
+    on_predict_start = on_test_start
+    on_test_end = on_predict_end = on_validation_end
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Put the fast weights back, whatever happened in validation."""
-        self._let_go()
+        self._average.let_go()
         super().on_exception(trainer, pl_module, exception)
 
     @override
@@ -302,9 +294,9 @@ class LoRAInterpolator(ContinualCallback):
     ) -> None:
         """In the middle of a validation, still save the fast weights as the model's."""
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
-        if self._held is None or "state_dict" not in checkpoint:
+        if not self._average.held or "state_dict" not in checkpoint:
             return
-        self._let_go()
+        self._average.let_go()
         state = trainer.strategy.lightning_module_state_dict()
         # What a state dict holds may be the parameters' own memory, and the slow weights go in again.
         checkpoint["state_dict"] = {
@@ -313,7 +305,7 @@ class LoRAInterpolator(ContinualCallback):
             else value
             for key, value in state.items()
         }
-        self._hold()
+        self._average.hold()
 
     @override
     def on_load_checkpoint(
@@ -323,32 +315,6 @@ class LoRAInterpolator(ContinualCallback):
         self._evaluates_checkpoint = trainer.state.fn != "fit"
 
     # ----------------------------------------------------------------------------- private
-
-    def _selected(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, torch.nn.Parameter]:
-        """The trained parameters that are averaged, by name."""
-        root = weights.sharding_root(trainer, pl_module)
-        weights.reshard(root)
-        trained = weights.trainable(root)
-        kind = type(pl_module).__name__
-        if self.parameters in ("auto", "lora") and not anatomy.has_lora(pl_module):
-            raise MisconfigurationException(
-                f"`LoRAInterpolator(parameters={self.parameters!r})` found no PEFT adapter layer in `{kind}`, and a slow"
-                f" copy of all its trained weights takes {4 * sum(p.numel() for p in trained.values()) / 2**30:.2f} GiB."
-                ' Add LoRA layers with PEFT, or set `parameters="trainable"` or a pattern such as "*.mlp.*".'
-            )
-        if self.parameters in ("auto", "trainable"):
-            chosen = trained
-        elif self.parameters == "lora":
-            chosen = {n: p for n, p in trained.items() if "lora_" in n}
-        else:
-            chosen = {n: p for n, p in trained.items() if fnmatch.fnmatchcase(n, self.parameters)}
-        if not chosen:
-            raise MisconfigurationException(
-                f"`LoRAInterpolator(parameters={self.parameters!r})` fits none of the {len(trained)} trained parameters"
-                f" of `{kind}` ({', '.join(list(trained)[:3]) or 'all are frozen'}). Set"
-                ' `parameters="trainable"`, or a pattern that fits their names.'
-            )
-        return chosen
 
     def _layer_names(self, pl_module: pl.LightningModule) -> list[str]:
         if self.layers == "last":
@@ -434,37 +400,15 @@ class LoRAInterpolator(ContinualCallback):
         assert total is not None
         return total * (self.consistency_weight / len(self._watched))
 
-    def _hold(self) -> None:
-        stack = ExitStack()
-        stack.enter_context(_outside_inference_mode(self._average.in_module()))
-        self._held = stack
-
-    def _let_go(self) -> None:
-        held, self._held = self._held, None
-        if held is not None:
-            held.close()
-
     def _evaluate_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Outside of a fit the module holds the right set, unless a checkpoint of the middle of a task was loaded."""
         if not self._evaluates_checkpoint:
             return
         self._evaluates_checkpoint = False
-        slow = self._average.whole()
-        if self.evaluate_with == "fast" or not self._clock.in_task or not slow:
-            return
-        root = weights.sharding_root(trainer, pl_module)
-        weights.reshard(root)
-        named = {weights.clean_name(name): p for name, p in root.named_parameters()}
-        lost = [name for name in slow if name not in named]
-        if lost:
-            raise MisconfigurationException(
-                f"The checkpoint holds slow weights of {lost[0]!r} and {len(lost) - 1} more, which"
-                f" `{type(pl_module).__name__}` does not have. Build the model as it was in training, with its adapters,"
-                ' or set `evaluate_with="fast"`.'
-            )
-        self._average.bind(root, {name: named[name] for name in slow})
-        self._average.start()
-        self._hold()
+        if self.evaluate_with == "slow" and self._clock.in_task and self._average.whole():
+            self._average.bind_all(weights.sharding_root(trainer, pl_module))
+            self._average.start()
+            self._average.hold()
 
     def _say_no_rows(self) -> None:
         if not self._said_no_rows:
@@ -476,25 +420,6 @@ class LoRAInterpolator(ContinualCallback):
             )
 
 
-@contextmanager
-def _outside_inference_mode(context: AbstractContextManager[None]) -> Iterator[None]:
-    """Enter and leave ``context`` with inference mode off: what it makes must be usable in training."""
-    with torch.inference_mode(False):
-        context.__enter__()
-    try:
-        yield
-    finally:
-        with torch.inference_mode(False):
-            context.__exit__(None, None, None)
-
-
-def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    if value not in choices:
-        raise MisconfigurationException(
-            f"`LoRAInterpolator({name}={value!r})` is not one of {', '.join(repr(choice) for choice in choices)}."
-        )
-
-
 def _check_arguments(
     half_life: float | None,
     decay: float | None,
@@ -503,34 +428,44 @@ def _check_arguments(
     parameters: str,
     update_every_n_steps: int,
 ) -> None:
-    if decay is None and half_life is None:
-        raise MisconfigurationException(
-            "`LoRAInterpolator(half_life=None, decay=None)` does not say how fast the slow weights follow. Set one of them."
-        )
-    if decay is None and not (half_life is not None and 0 < half_life < float("inf")):
-        raise MisconfigurationException(
-            f"`LoRAInterpolator(half_life={half_life})` must be above 0: it is the fraction of a task's steps after which"
-            " a weight counts half. Use 0.1, or set `decay`."
-        )
-    if decay is not None and not 0 <= decay < 1:
-        raise MisconfigurationException(
-            f"`LoRAInterpolator(decay={decay})` must be in [0, 1): at 1 the slow weights would never move. Use 0.99, or"
-            " `half_life`."
-        )
-    if not 0 <= consistency_weight < float("inf"):
-        raise MisconfigurationException(
-            f"`LoRAInterpolator(consistency_weight={consistency_weight})` must be 0 or above. Use 0 for the average alone."
-        )
-    if layers not in ("last", "all") and (isinstance(layers, str) or not layers):
-        raise MisconfigurationException(
-            f'`LoRAInterpolator(layers={layers!r})` must be "last", "all", or a list of block indices and module names'
-            " that is not empty."
-        )
-    if not parameters:
-        raise MisconfigurationException(
-            '`LoRAInterpolator(parameters="")` names nothing. Use "auto", "lora", "trainable", or a pattern of names.'
-        )
-    if update_every_n_steps < 1:
-        raise MisconfigurationException(
-            f"`LoRAInterpolator(update_every_n_steps={update_every_n_steps})` must be at least 1 optimizer step."
-        )
+    infinity = float("inf")
+    for wrong, found, why in (
+        (
+            decay is None and half_life is None,
+            "half_life=None, decay=None",
+            "does not say how fast the slow weights follow. Set one of them.",
+        ),
+        (
+            decay is None and half_life is not None and not 0 < half_life < infinity,
+            f"half_life={half_life}",
+            "must be above 0: it is the fraction of a task's steps after which a weight counts half. Use 0.1, or set"
+            " `decay`.",
+        ),
+        (
+            decay is not None and not 0 <= decay < 1,
+            f"decay={decay}",
+            "must be in [0, 1): at 1 the slow weights would never move. Use 0.99, or `half_life`.",
+        ),
+        (
+            not 0 <= consistency_weight < infinity,
+            f"consistency_weight={consistency_weight}",
+            "must be 0 or above. Use 0 for the average alone.",
+        ),
+        (
+            layers not in ("last", "all") and (isinstance(layers, str) or not layers),
+            f"layers={layers!r}",
+            'must be "last", "all", or a list of block indices and module names that is not empty.',
+        ),
+        (
+            not parameters,
+            'parameters=""',
+            'names nothing. Use "auto", "lora", "trainable", or a pattern of names.',
+        ),
+        (
+            update_every_n_steps < 1,
+            f"update_every_n_steps={update_every_n_steps}",
+            "must be at least 1 optimizer step.",
+        ),
+    ):
+        if wrong:
+            raise MisconfigurationException(f"`LoRAInterpolator({found})` {why}")

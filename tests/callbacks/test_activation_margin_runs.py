@@ -169,18 +169,37 @@ def test_a_store_is_written_once_and_read_again(tmp_path: Path) -> None:
         ({"objective": "l1"}, r"objective: stored 'margin', this run 'l1'"),
         ({"rows": {"max_tokens": 6}}, r"rows: stored '[0-9a-f]+.*, this run '[0-9a-f]+"),
         ({"precision": "bf16-mixed"}, r"dtype: stored 'float32, precision 32-true', this run 'float32, precision bf16"),
+        ({"skip_first_token": True}, r"skip_first_token: stored False, this run True"),
+        ({"anchor": "previous_task"}, r"anchor: stored 'initial', this run 'previous_task'"),
+        ({"tokenizer": True}, r"tokenizer: stored 'none', this run '\w+, \d+ tokens'"),
+        ({"version": "0.0.0"}, r"version: stored '[^']+', this run '0.0.0'"),
     ],
 )
-def test_a_store_of_something_else_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+def test_a_store_of_something_else_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], message: str
+) -> None:
     path = str(tmp_path / "states")
     fit(tmp_path, ActivationMarginRegularizer(store=path), max_steps=1)
+    change = dict(change)
     net = module(**change.pop("net", {}))
+    if change.pop("tokenizer", False):
+        net.tokenizer = models.tiny_tokenizer()
+    if "version" in change:
+        monkeypatch.setattr("lightning_cl.__version__", change.pop("version"))
     mixer = ReplayMixer(source(**change.pop("rows", {})))
     trainer = {"precision": change.pop("precision")} if "precision" in change else {}
     remedy = r".*wrong reference. Delete .*states to take them anew.*`allow_other_model=True`"
     with pytest.raises(StoreError, match=message + remedy):
         fit(tmp_path, ActivationMarginRegularizer(store=path, **change), net, mixer, **trainer)
     assert Path(path).exists()
+
+
+def test_collecting_shows_its_progress_where_the_trainer_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for shown in (False, True):
+        fit(tmp_path, ActivationMarginRegularizer(), max_steps=1, enable_progress_bar=shown)
+        assert ("Reference activations" in capsys.readouterr().err) == shown
 
 
 def test_another_model_s_states_on_purpose(tmp_path: Path) -> None:
