@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_cl.anatomy import adapter_layers, pretrained_model
 from lightning_cl.strategies.config import QuantizationConfig
+from lightning_cl.strategies.packed_weight import PackedWeight, ordinary
 from lightning_cl.strategies.record import record_of
 from lightning_cl.weights import clean_name
 
@@ -262,7 +263,7 @@ def _adopt(layer: Any, dtype: torch.dtype, shardable: bool) -> None:
         layer.compute_dtype = dtype
     layer.__class__ = _linear_4bit()
     if shardable:
-        layer.weight = nn.Parameter(layer.weight.data, requires_grad=False)
+        layer.weight = nn.Parameter(_shardable(layer.weight.data), requires_grad=False)
 
 
 def _pack(
@@ -295,7 +296,7 @@ def _pack(
             quant_storage=dtype,
         )
     if shardable:
-        new.weight = nn.Parameter(packed, requires_grad=False)
+        new.weight = nn.Parameter(_shardable(packed), requires_grad=False)
     else:
         new.weight = bnb.nn.Params4bit(
             packed,
@@ -360,9 +361,12 @@ def _left_out(module: nn.Module) -> set[int]:
     return out
 
 
+def _shardable(packed: Tensor) -> Tensor:
+    return ordinary(packed).as_subclass(PackedWeight)
+
+
 def _bytes(weight: Tensor) -> Tensor:
-    plain = weight.detach().as_subclass(Tensor).contiguous()
-    return plain.reshape(-1).view(torch.uint8)
+    return ordinary(weight).contiguous().reshape(-1).view(torch.uint8)
 
 
 def _device(layer: Any) -> torch.device:
