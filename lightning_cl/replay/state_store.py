@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import socket
 from collections.abc import Mapping, Sequence
@@ -250,21 +251,23 @@ class StateStore:
             StoreError: if it is truncated, altered or no such file, with what is wrong and how to rebuild it.
         """
         path = Path(path)
-        size = path.stat().st_size
+        # Everything through one open file: another process may put a new one in its place at any moment.
         with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
             prefix = file.read(_PREFIX)
             if prefix[: len(_MAGIC)] != _MAGIC:
                 raise _damaged(path, f"it does not begin with {_MAGIC!r}")
             length = int.from_bytes(prefix[len(_MAGIC) : len(_MAGIC) + 8], "little")
             text = file.read(min(length, size))
-        if hashlib.sha256(text).digest() != prefix[-32:]:
-            raise _damaged(path, "its header does not match its hash")
-        header = json.loads(text)
-        start = _PREFIX + length + -(_PREFIX + length) % _ALIGN
-        if size != start + header["bytes"]:
-            raise _damaged(path, f"it has {size} bytes instead of {start + header['bytes']}")
-        # A private mapping: the pages are read when a row is needed, and a file that replaces this one does not show.
-        blob = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[start:]
+            if hashlib.sha256(text).digest() != prefix[-32:]:
+                raise _damaged(path, "its header does not match its hash")
+            header = json.loads(text)
+            start = _PREFIX + length + -(_PREFIX + length) % _ALIGN
+            if size != start + header["bytes"]:
+                raise _damaged(path, f"it has {size} bytes instead of {start + header['bytes']}")
+            # A private mapping: pages are read when a row is needed.
+            mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
+        blob = torch.frombuffer(mapped, dtype=torch.uint8)[start:]
         if _sha256(blob) != header["sha256"]:
             raise _damaged(path, "its states do not match their hash")
         return cls(header, blob)
