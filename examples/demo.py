@@ -33,7 +33,7 @@ from lightning_cl.report import plots, tables
 TASKS = ["topics", "reviews", "sarcasm", "tweets"]
 # Rows of each task. On two CPU cores a row of training costs about as much as two of evaluation.
 TRAIN_ROWS, PROBE_ROWS = 160, 16
-TEST_ROWS = {"cpu": 100, "gpu": 200}
+TEST_ROWS = {"cpu": 50, "gpu": 200}
 EPOCHS, BATCH_SIZE, LR = 2, 16, 1e-3
 MODEL = ASSETS / "smollm2-135m-instruct"
 
@@ -127,7 +127,7 @@ def main() -> None:
     unknown = [method for method in methods if method not in METHODS]
     if unknown:
         parser.error(f"unknown methods {unknown}; choose from {', '.join(METHODS)}")
-    minutes = 5 * len(methods) if arguments.device == "cpu" else len(methods)
+    minutes = 7 * len(methods) if arguments.device == "cpu" else len(methods)
     console = Console()
     where = "two CPU cores" if arguments.device == "cpu" else "one GPU"
     console.print(
