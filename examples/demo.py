@@ -127,7 +127,7 @@ def main() -> None:
     unknown = [method for method in methods if method not in METHODS]
     if unknown:
         parser.error(f"unknown methods {unknown}; choose from {', '.join(METHODS)}")
-    minutes = 7 * len(methods) if arguments.device == "cpu" else len(methods)
+    minutes = 6 * len(methods) if arguments.device == "cpu" else len(methods)
     console = Console()
     where = "two CPU cores" if arguments.device == "cpu" else "one GPU"
     console.print(
