@@ -113,6 +113,11 @@ class Plain(pl.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-5, fused=DEVICE == "cuda")
 
+    def on_train_end(self) -> None:
+        # As with the module (below), Lightning would move the optimizer's state to the CPU.
+        for optimizer in self.trainer.optimizers:
+            optimizer.state.clear()
+
     def cpu(self) -> Plain:
         # Lightning moves the module to the CPU after each fit, which takes longer than these runs.
         return self
