@@ -158,6 +158,24 @@ class Costs(pl.Callback):
         self._phase, self._entered = phase, now
 
 
+class BoundedStream(TaskStream):
+    """Evaluates what the tables need: a task from its own stage on, and probes before the first task and after the last.
+
+    The cells that are left out stand in ``missing`` with that reason.
+    """
+
+    def restart(self, run_id: str) -> None:
+        """Stand before the first task, with no scores but those that will not be asked for."""
+        super().restart(run_id)
+        last = len(self.train_tasks) - 1
+        for stage in range(-1, last + 1):
+            left_out = [task for task in self.train_tasks[stage + 1 :] if task.test is not None]
+            if 0 <= stage < last:
+                left_out += [task for task in self.tasks if task.role == "probe"]
+            for task in left_out:
+                self.missing[stage, task.name] = "left out, to bound the evaluation"
+
+
 def build(spec: Any, settings: dict[str, Any]) -> Any:
     """The objects that a part of the YAML describes; ``$name`` is the setting of that name."""
     if isinstance(spec, str) and spec.startswith("$"):
@@ -177,7 +195,7 @@ def make_encoder(config: dict[str, Any], tokenizer: Any) -> Encoder:
     return Encoder(tokenizer, recipe["max_length"], recipe["template"], "left", recipe.get("prompt_loss_weight", 0.0))
 
 
-def make_stream(job: Job, rows: dict[str, Any], pad_token_id: int) -> TaskStream:
+def make_stream(job: Job, rows: dict[str, Any], pad_token_id: int) -> BoundedStream:
     """The tasks and probes; for the upper bound one task of all rows, beside which the tasks are probes."""
     probes = [Task(name, test=test, role="probe", metric=metric) for name, (metric, test) in rows["probes"].items()]
     if job.spec.get("joint"):
@@ -187,7 +205,7 @@ def make_stream(job: Job, rows: dict[str, Any], pad_token_id: int) -> TaskStream
     else:
         tasks = [Task(t, train=rows["train"][t], test=rows["test"][t], metric="accuracy") for t in job.tasks]
     recipe = job.recipe
-    return TaskStream(
+    return BoundedStream(
         [*tasks, *probes],
         batch_size=recipe["batch_size"],
         eval_batch_size=recipe["eval_batch_size"],
@@ -197,9 +215,13 @@ def make_stream(job: Job, rows: dict[str, Any], pad_token_id: int) -> TaskStream
 
 
 def make_model(recipe: dict[str, Any], model: str) -> CausalLMModule:
-    """The model with its adapter, and one optimizer kernel a step where there is such a kernel."""
+    """The model with its adapter, and one optimizer kernel a step where there is such a kernel.
+
+    Under ``bf16-mixed`` the frozen base is in bfloat16 and the adapters in float32: bfloat16 has 8 bits, so that it would
+    lose the small updates of a low learning rate.
+    """
     fused = torch.cuda.is_available()
-    return CausalLMModule(
+    module = CausalLMModule(
         model,
         lora=recipe["lora"],
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=recipe["lr"], weight_decay=0.0, fused=fused),
@@ -208,6 +230,11 @@ def make_model(recipe: dict[str, Any], model: str) -> CausalLMModule:
         prompt_loss_weight=recipe.get("prompt_loss_weight", 0.0),
         dtype="bfloat16" if recipe["precision"].startswith("bf16") else "float32",
     )
+    if recipe["precision"].endswith("mixed"):
+        for layer in module.modules():
+            if hasattr(layer, "cast_input_dtype_enabled"):
+                layer.cast_input_dtype_enabled = False  # to float32 and, by autocast, back: two kernels for nothing
+    return module
 
 
 def run_one(job: Job) -> dict[str, Any]:
