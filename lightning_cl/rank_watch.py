@@ -10,9 +10,11 @@ import threading
 import time
 import weakref
 from collections.abc import Iterable
+from contextlib import suppress
 
 import lightning.pytorch as pl
 import torch.distributed as dist
+from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
@@ -24,7 +26,12 @@ log = logging.getLogger(__name__)
 INTERVAL = 1.0
 #: Seconds that a process has to end by itself once it knows that another has failed.
 GRACE = 30.0
+#: Looks, one each :data:`INTERVAL`, without a new sign of life after which a process counts as gone. Looks and not time:
+#: where all are held up alike (a suspended job), none of them looks.
+SILENCE = 120
 _SHORT = 1000
+
+_OVER = "over"
 
 _watches: weakref.WeakKeyDictionary[pl.Trainer, RankWatch] = weakref.WeakKeyDictionary()
 _started = 0
@@ -37,7 +44,7 @@ def start(trainer: pl.Trainer) -> None:
         if _started == 0:
             _show_versions()
         _started += 1
-        _watches[trainer] = RankWatch(str(_started), GRACE)
+        _watches[trainer] = RankWatch(str(_started), GRACE, SILENCE)
 
 
 def _show_versions() -> None:
@@ -62,9 +69,13 @@ def failed(trainer: pl.Trainer, error: BaseException) -> None:
     watch = _watches.pop(trainer, None)
     if watch is None:
         return
-    # A run that a scheduler ends does not fail: all processes end together.
-    other = None if isinstance(error, SIGTERMException) else watch.report(error)
+    if isinstance(error, SIGTERMException):
+        # A run that a scheduler ends does not fail: all processes end together.
+        watch.stop()
+        return
+    other = watch.report(error)
     watch.stop()
+    _end_if_stuck(trainer, other or f"its own {type(error).__name__}: {str(error)[:_SHORT]}")
     if other is not None:
         log.error("This process (rank %d) ends because another one did: %s", rank(), other)
         if hasattr(error, "add_note"):  # Python 3.11
@@ -75,7 +86,31 @@ def stop(trainer: pl.Trainer) -> None:
     """The run has ended well."""
     watch = _watches.pop(trainer, None)
     if watch is not None:
-        watch.stop()
+        watch.stop(well=True)
+
+
+def _end_if_stuck(trainer: pl.Trainer, message: str) -> None:
+    """End this process if Lightning still takes the failed Trainer apart after the grace.
+
+    It moves the model to the CPU, which waits for the device, and that for a collective kernel of NCCL whose partner is
+    gone. A process that has caught the error goes on.
+    """
+    failed_one, grace = weakref.ref(trainer), GRACE
+
+    def look() -> None:
+        time.sleep(grace)
+        left = failed_one()
+        # Lightning forgets the stage when it is done.
+        if left is not None and left.state.status == TrainerStatus.INTERRUPTED and left.state.stage is not None:
+            _end_process(grace, message)
+
+    threading.Thread(target=look, name="rank-watch-end", daemon=True).start()
+
+
+def _end_process(seconds: float, message: str) -> None:
+    log.error("This process (rank %d) has waited %.0f s and is ended: %s", rank(), seconds, message)
+    logging.shutdown()
+    os._exit(1)
 
 
 class RankWatch:
@@ -84,26 +119,33 @@ class RankWatch:
     Every process gives a sign of life each second. The first one that fails leaves its message; the others' collective
     calls end with an error at once (gloo) or hang until the process group's timeout (NCCL), which can be half an hour. So
     a process that knows of a failure and has not ended by itself after :data:`GRACE` seconds is ended, with the message.
+    A process that was killed leaves none: the one before it in a ring misses its signs, and says so for it.
 
     Args:
         name: tells this run of a process group from the others; the same on all ranks.
         grace: seconds, see :data:`GRACE`.
+        silence: looks, see :data:`SILENCE`.
     """
 
-    def __init__(self, name: str, grace: float) -> None:
+    def __init__(self, name: str, grace: float, silence: int) -> None:
         # A store's own lock would make this thread wait for a collective call of the main one, so it gets a copy.
         self._main = dist.PrefixStore(f"lightning_cl/watch/{name}", _default_store())
         self._store = dist.PrefixStore(f"lightning_cl/watch/{name}", _default_store(clone=True))
         self._rank, self._ranks = rank(), world_size()
-        self._grace = grace
+        self._grace, self._silence = grace, silence
+        # The first sign: one that dies before the next is missed too.
+        self._main.set(f"alive/{self._rank}", "0")
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="rank-watch", daemon=True)
         self._thread.start()
 
-    def stop(self) -> None:
-        """Look no more."""
+    def stop(self, well: bool = False) -> None:
+        """Look no more; where the run has ended ``well``, nobody shall miss this process."""
         self._over.set()
         self._thread.join(5 * INTERVAL)
+        if well:
+            with suppress(RuntimeError, ValueError):
+                self._main.set(f"alive/{self._rank}", _OVER)
 
     def report(self, error: BaseException) -> str | None:
         """Leave this process's error, unless another failed before.
@@ -136,9 +178,13 @@ class RankWatch:
         silent = [r for r, sign in self._signs().items() if sign == before[r] and r != self._rank]
         return _gone(silent) if silent else None
 
-    def _signs(self) -> dict[int, bytes | None]:
-        keys = [f"alive/{r}" for r in range(self._ranks)]
-        return {r: self._main.get(key) if self._main.check([key]) else None for r, key in enumerate(keys)}
+    def _signs(self) -> dict[int, str | None]:
+        return {r: self._sign_of(self._main, r) for r in range(self._ranks)}
+
+    @staticmethod
+    def _sign_of(store: dist.Store, rank: int) -> str | None:
+        key = f"alive/{rank}"
+        return store.get(key).decode() if store.check([key]) else None
 
     def _wait_for_readers(self) -> None:
         """If this process keeps the store, the message would be gone with it."""
@@ -148,7 +194,9 @@ class RankWatch:
             time.sleep(0.05)
 
     def _watch(self) -> None:
-        sign, lost = 0, 0
+        sign, lost, missed = 0, 0, 0
+        next_rank = (self._rank + 1) % self._ranks
+        last = None
         message = None
         while message is None:
             if self._over.wait(INTERVAL):
@@ -156,6 +204,11 @@ class RankWatch:
             sign += 1
             try:
                 self._store.set(f"alive/{self._rank}", str(sign))
+                now = self._sign_of(self._store, next_rank)
+                missed = missed + 1 if now is not None and now == last and now != _OVER else 0
+                last = now
+                if missed >= self._silence:
+                    self._store.compare_set("failure", "", _gone([next_rank]))
                 if self._store.check(["failure"]):
                     message = self._store.get("failure").decode()
                     self._store.set(f"read/{self._rank}", "1")
@@ -164,11 +217,8 @@ class RankWatch:
                 lost += 1
                 if lost >= 3:
                     message = _gone([0])
-        if self._over.wait(self._grace):
-            return
-        log.error("This process (rank %d) has waited %.0f s and is ended: %s", self._rank, self._grace, message)
-        logging.shutdown()
-        os._exit(1)
+        if not self._over.wait(self._grace):
+            _end_process(self._grace, message)
 
 
 def _default_store(clone: bool = False) -> dist.Store:
