@@ -24,7 +24,8 @@ def shard_module(
     """Shard ``module`` in place.
 
     Each block is a group of its own, gathered for its forward and its backward pass. All other parameters (embeddings,
-    final norm, head, whatever the module owns itself) form one root group on the LightningModule. A LightningModule's
+    final norm, head, whatever the module owns itself) form one root group on the LightningModule, which stays gathered
+    from step to step while all of it is frozen. A LightningModule's
     ``forward`` need not be what a step calls, so the root's FSDP hooks are taken off, and :func:`in_root` drives them
     around each step; outside of steps a hook on each owner of such a parameter gathers the group when it is called.
 
@@ -65,6 +66,7 @@ def shard_module(
     # it one.
     state._lazy_init()
     record_of(module).root = module
+    _keep_frozen_root(module)
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -93,6 +95,7 @@ def refresh(module: nn.Module) -> None:
         if is_sharded(part):
             for group in param_groups(part):
                 group._init_mp_dtypes()
+    _keep_frozen_root(module)
 
 
 def in_root(module: nn.Module, call: Callable[[], Any]) -> Any:
@@ -140,6 +143,13 @@ def reset(module: nn.Module) -> None:
             for group in param_groups(part):
                 group._training_state = TrainingState.IDLE
             part.reshard()  # type: ignore[operator]
+
+
+def _keep_frozen_root(module: Any) -> None:
+    # From a step's first to its last pass the root group is gathered whole. What no optimizer changes can stay so until
+    # the next step: the peak is the same, and no step waits for embeddings and head.
+    trained = any(p.sharded_param.requires_grad for group in param_groups(module) for p in group.fsdp_params)
+    module.set_reshard_after_backward(trained, recurse=False)
 
 
 class _Gather:

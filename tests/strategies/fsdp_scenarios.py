@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_cl import weights
-from lightning_cl.strategies import QuantizationConfig, quantization
+from lightning_cl.strategies import QuantizationConfig, quantization, sharding
 from tests.helpers import models
 from tests.strategies import workers
 
@@ -46,6 +46,28 @@ def frozen_gradients(rank: int, folder: Path) -> Any:
 
     workers.trainer(folder, callbacks=[Look()]).fit(workers.plain(also=()), models.loader(8, 4))
     return seen
+
+
+class RootBetweenSteps(pl.Callback):
+    """Whether the root group is gathered after each step."""
+
+    def __init__(self) -> None:
+        self.gathered: list[bool] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        if sharding.is_sharded(pl_module):
+            self.gathered.append(all(group.is_unsharded for group in sharding.param_groups(pl_module)))
+
+
+def frozen_root(rank: int, folder: Path, devices: int = 2, loaders: Any = None) -> Any:
+    """A fit with all of the root frozen, and one in which its norm trains."""
+    module, callback = workers.plain(also=(), optimizer="sgd"), RootBetweenSteps()
+    first, second = loaders or (models.loader(16, 4), models.loader(16, 4, seed=1))
+    workers.trainer(folder, devices=devices, callbacks=[callback]).fit(module, first)
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad or name.endswith("model.norm.weight"))
+    workers.trainer(folder, devices=devices, callbacks=[callback]).fit(module, second)
+    return workers.whole(module), callback.gathered
 
 
 class SlowPass(pl.Callback):
@@ -251,6 +273,7 @@ ALL = [
     fit_twice,
     tied,
     frozen_gradients,
+    frozen_root,
     slow_weights,
     any_module,
     four_bit,

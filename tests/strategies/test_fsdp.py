@@ -56,6 +56,15 @@ def test_gradients_exist_for_trainable_parameters_only(ranks: Any) -> None:
     assert sum(seen["sum"] for seen in found) == found[0]["trainable"]
 
 
+def test_a_frozen_root_stays_gathered_until_a_part_of_it_trains(ranks: Any, tmp_path: Path) -> None:
+    loaders = workers.rows_of_ranks(16, 4, 2), workers.rows_of_ranks(16, 4, 2, seed=1)
+    expected, _ = fsdp_scenarios.frozen_root(0, tmp_path, 1, loaders)
+    for found, gathered in workers.result(ranks, "frozen_root"):
+        assert gathered == [True, True, False, False]
+        workers.close(found, expected)
+    assert any(name.endswith("model.norm.weight") for name in expected)
+
+
 def test_reference_pass_with_swapped_weights_changes_no_gradient(ranks: Any, tmp_path: Path) -> None:
     (trained, seen), (_, other) = workers.result(ranks, "slow_weights")
     workers.close(trained, _one(tmp_path, workers.plain(optimizer="sgd"), workers.rows_of_ranks(16, 4, 2)))
