@@ -167,7 +167,9 @@ def run(
         callbacks=[*callbacks, watch],
     )
     trainer.fit(module, DataLoader(enough, batch_size=batch))
-    # What a callback holds, such as a second copy of the model, must be gone before the next run.
+    # What a callback holds, such as a second copy of the model, must be gone before the next run; the module, too, keeps
+    # its last Trainer.
+    module.trainer = None
     del trainer, callbacks
     gc.collect()
     if DEVICE == "cuda":

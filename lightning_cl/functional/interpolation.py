@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 # A float32 copy of lower-precision weights is made for the update; this bounds it, in elements.
 _CHUNK_ELEMENTS = 1 << 24
@@ -145,17 +146,44 @@ def consistency_loss(
         raise ValueError(f"`mask` must have shape {tuple(fast.shape[:-1])}; found {tuple(mask.shape)}.")
     if kind not in ("mse", "one_sided"):
         raise ValueError(f"`kind` must be 'mse' or 'one_sided'; found {kind!r}.")
-    difference = slow.detach().float() - fast.float()
-    if mask is None:
-        count = torch.tensor(float(difference.numel()), device=difference.device)
-    else:
-        mask = mask.to(torch.bool)
+    return _MeanSquare.apply(fast, slow.detach(), None if mask is None else mask.to(torch.bool), kind == "one_sided")
+
+
+class _MeanSquare(torch.autograd.Function):
+    """The mean squared difference, with no more than one float32 tensor of the states' size at a time.
+
+    Nothing is kept for the backward pass but the states themselves: it takes their difference once more, which costs
+    less than writing and reading float32 copies of every compared layer.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, fast: Tensor, slow: Tensor, mask: Tensor | None, one_sided: bool) -> Tensor:
+        difference = _difference(fast, slow, mask, one_sided)
+        if mask is None:
+            count = torch.full((), float(max(1, difference.numel())), device=fast.device)
+        else:
+            count = (mask.sum() * float(fast.shape[-1])).clamp_min(1.0)
+        ctx.save_for_backward(fast, slow, mask, count)
+        ctx.one_sided = one_sided
+        return torch.linalg.vector_norm(difference).square() / count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        fast, slow, mask, count = ctx.saved_tensors
+        difference = _difference(fast, slow, mask, ctx.one_sided)
+        # Written in the states' dtype by the product itself: one rounding, and no float32 tensor more.
+        grad = torch.mul(difference, 2 * grads[0] / count, out=torch.empty_like(difference, dtype=fast.dtype))
+        return grad, None, None, None
+
+
+def _difference(fast: Tensor, slow: Tensor, mask: Tensor | None, one_sided: bool) -> Tensor:
+    """``fast - slow`` in float32 where the mask is true and 0 elsewhere; one-sided, only where it is negative."""
+    difference = fast.to(torch.float32, copy=True).sub_(slow)
+    if mask is not None:
         # Filled, not multiplied: what padding holds may be infinite, and 0 * inf would reach the loss.
-        difference = difference.masked_fill(~mask.unsqueeze(-1), 0.0)
-        count = mask.sum() * float(difference.shape[-1])
-    if kind == "one_sided":
-        difference = difference.relu()
-    return difference.square().sum() / count.clamp_min(1.0)
+        difference.masked_fill_(~mask.unsqueeze(-1), 0.0)
+    return difference.clamp_max_(0.0) if one_sided else difference
 
 
 def interpolate_adapters(

@@ -127,9 +127,28 @@ def test_consistency_does_not_see_padding(kind: str) -> None:
     padded_mask = torch.cat([mask, torch.zeros(2, 2, dtype=torch.bool)], dim=1)
     loss = consistency_loss(padded_fast, padded_slow, padded_mask, kind)  # type: ignore[arg-type]
     loss.backward()
-    assert float(loss) == pytest.approx(float(consistency_loss(fast, slow, mask, kind)))  # type: ignore[arg-type]
+    assert loss.item() == pytest.approx(consistency_loss(fast, slow, mask, kind).item())  # type: ignore[arg-type]
     assert torch.equal(padded_fast.grad[:, 3:], torch.zeros(2, 2, 4))
     assert torch.isfinite(padded_fast.grad).all()
+
+
+@pytest.mark.parametrize("kind", ["mse", "one_sided"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_consistency_has_the_gradient_of_the_plain_formula(kind: str, dtype: torch.dtype) -> None:
+    fast, slow = torch.randn(2, 2, 5, 3, generator=torch.Generator().manual_seed(0)).to(dtype)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 0, 1, 1, 1]], dtype=torch.bool)
+    fast.requires_grad_()
+    gap = slow.float() - fast.float()
+    gap = gap.relu() if kind == "one_sided" else gap
+    (wanted,) = torch.autograd.grad(3.0 * gap[mask].square().mean(), fast)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        loss = consistency_loss(fast, slow, mask, kind)  # type: ignore[arg-type]
+    (found,) = torch.autograd.grad(3.0 * loss, fast)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, wanted)
+    # Of the states' size, it holds on to the states alone.
+    assert {t.data_ptr() for t in kept if t.numel() == fast.numel()} == {fast.data_ptr(), slow.data_ptr()}
 
 
 def test_consistency_moves_the_fast_side_alone() -> None:
