@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_cl.anatomy import adapter_layers, pretrained_model
 from lightning_cl.strategies.config import QuantizationConfig
+from lightning_cl.strategies.packed_linear import packed_linear
 from lightning_cl.strategies.packed_weight import PackedWeight, ordinary
 from lightning_cl.strategies.record import record_of
 from lightning_cl.weights import clean_name
@@ -222,6 +223,9 @@ def _linear_4bit() -> type[Any]:
         def forward(self, x: Tensor) -> Tensor:
             compute = x.dtype if self.compute_dtype is None else self.compute_dtype
             bias = None if self.bias is None else self.bias.to(compute)
+            if torch.compiler.is_compiling():
+                out = packed_linear(x.to(compute), self.weight, self.quant_state)
+                return (out if bias is None else out + bias).to(x.dtype)
             out = bnb.matmul_4bit(x.to(compute), self.weight, bias=bias, quant_state=self.quant_state)
             return out.to(x.dtype)
 
