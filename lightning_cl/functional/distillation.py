@@ -190,8 +190,7 @@ class _ChunkedLoss(torch.autograd.Function):
         work = torch.promote_types(compute, torch.float32)
         needs = [grad_enabled and needed for needed in ctx.needs_input_grad[:3]]
         grad_hidden = torch.empty_like(states) if needs[0] else None
-        # Chunks of a bf16 head add up in float32: a sum of many bf16 roundings would be the least exact step of all.
-        grad_weight = torch.zeros_like(weight, dtype=work) if needs[1] else None
+        grad_weight = _ProductSum(weight, compute, work) if needs[1] else None
         grad_bias = torch.zeros_like(bias, dtype=work) if needs[2] and bias is not None else None
         head = weight.to(compute)
         teacher_head = head if teacher is None or teacher.weight is None else teacher.weight.to(compute)
@@ -208,49 +207,83 @@ class _ChunkedLoss(torch.autograd.Function):
                 source = _logits(_clean(teacher.hidden[piece], kept, compute), teacher_head, teacher.bias, work)
                 target = _log_softmax(source if transform is None else transform(source), temperature)
                 del source
-            values, grad = _values_and_gradient(logits, target, transform, temperature, any(needs))
+            dtype = (compute if grad_bias is None else work) if any(needs) else None
+            values, grad = _values_and_gradient(logits, target, transform, temperature, dtype)
             del logits, target
             total += (values if kept is None else values.masked_fill(~kept, 0.0)).sum()
             if grad is None:
                 continue
-            if kept is not None:
-                grad.masked_fill_(~kept[:, None], 0.0)
             if grad_bias is not None:
-                grad_bias += grad.sum(0)
+                grad_bias += (grad if kept is None else grad.masked_fill_(~kept[:, None], 0.0)).sum(0)
             grad = grad.to(compute)
             if grad_hidden is not None:
-                grad_hidden[piece] = grad @ head
+                rows = torch.mm(grad, head)
+                # Here, where they are D wide, and not V: in the head's gradient the zeroed inputs leave them out.
+                grad_hidden[piece] = rows if kept is None else rows.masked_fill_(~kept[:, None], 0.0)
             if grad_weight is not None:
-                _add_product(grad_weight, grad.T, inputs)
+                grad_weight.add(grad.T, inputs)
         count = torch.full((), states.shape[0], device=states.device) if keep is None else keep.sum()
         count = count.clamp_min(1).to(work)
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias, count)
-        ctx.likes = (hidden.shape, weight.dtype, None if bias is None else bias.dtype)
+        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.result(), grad_bias, count)
+        ctx.likes = (
+            (hidden.shape, hidden.dtype),
+            (weight.shape, weight.dtype),
+            None if bias is None else (bias.shape, bias.dtype),
+        )
         return total / count
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        grad_hidden, grad_weight, grad_bias, count = ctx.saved_tensors
-        shape, weight_dtype, bias_dtype = ctx.likes
-        # The mean's 1/count meets the loss scale here, in float32: applied to float16 gradients it would underflow.
-        scale = grads[0] / count
-        if grad_hidden is not None:
-            grad_hidden = (grad_hidden * scale).to(grad_hidden.dtype).reshape(shape)
-        if grad_weight is not None:
-            grad_weight = torch.mul(grad_weight, scale, out=torch.empty_like(grad_weight, dtype=weight_dtype))
-        if grad_bias is not None:
-            grad_bias = (grad_bias * scale).to(bias_dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None
+        *found, count = ctx.saved_tensors
+        # The mean's 1/count meets the loss scale here, in float32: applied to float16 gradients it would underflow. With
+        # an axis, since a factor without one would be rounded to their dtype first.
+        scale = (grads[0] / count).reshape(1)
+        scaled = [
+            None if grad is None else torch.mul(grad, scale, out=torch.empty_like(grad, dtype=like[1])).reshape(like[0])
+            for grad, like in zip(found, ctx.likes, strict=True)
+        ]
+        return *scaled, None, None
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """``total += a @ b``; a product of lower precision in pieces, since it would be as large as half the total."""
-    if total.dtype == b.dtype:
-        total.addmm_(a, b)
-        return
-    for rows, piece in zip(total.chunk(_MIN_CHUNKS), a.chunk(_MIN_CHUNKS), strict=True):
-        rows += piece @ b
+class _ProductSum:
+    """The sum of products of matrices of lower precision, nearly as exact as in float32 and with a third of its traffic.
+
+    A few products add up in their own dtype, inside the product; as many of these sums as there are, in float32. The head
+    is the largest matrix there is: reading and writing a float32 sum of its size at each chunk takes longer than all its
+    products.
+    """
+
+    def __init__(self, like: Tensor, dtype: torch.dtype, work: torch.dtype) -> None:
+        self._like, self._work = like, work
+        # A sum of 16 roundings is off by no more than three. Float16 would overflow before the mean's 1/count.
+        self._few = {torch.bfloat16: 16, torch.float16: 1}.get(dtype, 0)
+        self._added = 0
+        self._partial: Tensor | None = None
+        self._total: Tensor | None = None
+
+    def add(self, a: Tensor, b: Tensor) -> None:
+        """Add ``a @ b``."""
+        if self._partial is None:
+            self._partial = torch.mm(a, b)
+        elif self._added == self._few > 0:
+            self._flush()
+            torch.mm(a, b, out=self._partial)
+        else:
+            self._partial.addmm_(a, b)
+        self._added += 1
+
+    def result(self) -> Tensor:
+        """The sum."""
+        if self._total is not None:
+            self._flush()
+            return self._total
+        return torch.zeros_like(self._like) if self._partial is None else self._partial
+
+    def _flush(self) -> None:
+        assert self._partial is not None
+        self._total = self._partial.to(self._work) if self._total is None else self._total.add_(self._partial)
+        self._added = 0
 
 
 def _clean(states: Tensor, kept: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -273,16 +306,17 @@ def _values_and_gradient(
     target: Tensor,
     transform: Callable[[Tensor], Tensor] | None,
     temperature: float,
-    with_gradient: bool,
+    dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor | None]:
     """The loss of each token of a chunk, and its gradient with respect to the head's output.
 
-    ``target`` is either the teacher's log-probabilities ``[n, V]`` or token ids ``[n]``.
+    ``target`` is either the teacher's log-probabilities ``[n, V]`` or token ids ``[n]``. Without ``dtype`` there is no
+    gradient; with it, the gradient may be in that dtype already.
     """
     leaf, through = logits, logits
     if transform is not None:
         with torch.enable_grad():
-            leaf = logits.detach().requires_grad_(with_gradient)
+            leaf = logits.detach().requires_grad_(dtype is not None)
             through = transform(leaf)
     log_q = _log_softmax(through.detach(), temperature)
     if target.ndim == 1:
@@ -292,8 +326,12 @@ def _values_and_gradient(
     else:
         p = target.exp()
         values = (target.sub_(log_q)).mul_(p).sum(-1)
-        grad = log_q.exp_().sub_(p)
-    if not with_gradient:
+        if dtype is None:
+            return values, None
+        # The last step rounds to the products' dtype itself: a chunk's tensors are read and written from memory.
+        last = dtype if transform is None and temperature == 1.0 else log_q.dtype
+        grad = torch.sub(log_q.exp_(), p, out=p if last == p.dtype else torch.empty_like(p, dtype=last))
+    if dtype is None:
         return values, None
     if temperature != 1.0:
         grad /= temperature

@@ -174,6 +174,26 @@ def test_low_precision_equals_the_model_s_own_head(dtype: torch.dtype) -> None:
         torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-3)
 
 
+@pytest.mark.parametrize(("chunk_size", "whole_in_float32"), [(8, False), (1, True)])
+def test_a_trained_head_s_gradient_is_as_exact_in_chunks(chunk_size: int, whole_in_float32: bool) -> None:
+    tokens, vocab, size = 96, 64, 128
+    hidden = random(1, tokens, size, seed=0, dtype=torch.bfloat16)
+    teacher = random(1, tokens, size, seed=1, dtype=torch.bfloat16)
+    weight = random(vocab, size, seed=2, scale=0.3, dtype=torch.bfloat16).requires_grad_()
+
+    def error(gradient: torch.Tensor) -> float:
+        return ((gradient.double() - exact).norm() / exact.norm()).item()
+
+    exact_weight = weight.detach().double().requires_grad_()
+    (exact,) = torch.autograd.grad(naive(hidden.double(), teacher.double(), exact_weight), exact_weight)
+    (at_once,) = torch.autograd.grad(distillation_loss(hidden, teacher, weight, chunk_size=tokens), weight)
+    with _Largest() as seen:
+        (found,) = torch.autograd.grad(distillation_loss(hidden, teacher, weight, chunk_size=chunk_size), weight)
+    # Up to 16 chunks of the head's own dtype add up in it; more of them need a float32 sum as large as the head.
+    assert (seen.largest[torch.float32] >= vocab * size) == whole_in_float32
+    assert error(found) < 1.5 * error(at_once)
+
+
 def test_float16_gradients_survive_a_mean_over_many_tokens() -> None:
     # (p_student - p_teacher) / N is below float16's smallest number here; the loss scale must come first
     hidden = random(1, 4096, 4, seed=0, scale=1e-2, dtype=torch.float16).requires_grad_()
