@@ -213,7 +213,8 @@ class RoutedEvaluation(ContinualCallback):
     @override
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Close the confusion matrix; in a fit, the active adapter answers again."""
-        self._end_evaluation(trainer)
+        # A fit that is resumed begins with a sanity check, which the unbroken one has not logged.
+        self._end_evaluation(trainer, counted=not trainer.sanity_checking)
 
     @override
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

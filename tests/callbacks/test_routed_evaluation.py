@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
@@ -150,3 +150,20 @@ def test_predict_and_min_margin(tmp_path):
         MisconfigurationException, match="`evaluate_with='oracle'` needs to know the task of each loader"
     ):
         trainer.predict(lm, rows)
+
+
+def test_a_resumed_run_logs_the_accuracies_of_the_unbroken_one(tmp_path):
+    def accuracies(ckpt_path: Any = None) -> list[str]:
+        logger = CSVLogger(tmp_path, name="", version="")
+        callbacks = [fitter(), ModelCheckpoint(every_n_epochs=1, save_top_k=-1, filename="{epoch}")]
+        settings = {"max_epochs": 1, "max_steps": -1, "num_sanity_val_steps": 2}
+        trainer = models.trainer(tmp_path, callbacks=callbacks, logger=logger, enable_checkpointing=True, **settings)
+        torch.manual_seed(0)
+        fit_stream(trainer, module(), tools.stream_of(), ckpt_path=ckpt_path)
+        return [line["cl/routing_accuracy"] for line in rows_of(logger)]
+
+    whole = accuracies()
+    assert sum(value != "" for value in whole) >= 3
+    # Lightning's sanity check comes before the epoch that is taken up, with a router that is fitted already.
+    for name in ("epoch=0.ckpt", "task_end.ckpt"):
+        assert accuracies(tmp_path / "task_1_t1" / name) == whole
