@@ -220,8 +220,12 @@ def run(folder: Path, setup: str, ckpt_path: str | None, point: Point | None) ->
     end = {
         "weights": model.state_dict(),
         "optimizer": [optimizer.state_dict() for optimizer in trainer.optimizers],
-        # The diary of the report is rank 0's.
-        "callbacks": {c.state_key: c.state_dict() for c in ours if rank == 0 or not isinstance(c, ForgettingMonitor)},
+        # The diary of the report is rank 0's, and sharded copies of weights are gathered there for a checkpoint.
+        "callbacks": {
+            c.state_key: {key: value for key, value in c.state_dict().items() if rank == 0 or key != "anchors"}
+            for c in ours
+            if rank == 0 or not isinstance(c, ForgettingMonitor)
+        },
         "matrix": {f"{stage} {task}": score.value for (stage, task), score in matrix.scores().items()},
         "random": torch.get_rng_state(),
         "files": _files(folder) if rank == 0 else {},
