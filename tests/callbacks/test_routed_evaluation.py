@@ -166,4 +166,4 @@ def test_a_resumed_run_logs_the_accuracies_of_the_unbroken_one(tmp_path):
     assert sum(value != "" for value in whole) >= 3
     # Lightning's sanity check comes before the epoch that is taken up, with a router that is fitted already.
     for name in ("epoch=0.ckpt", "task_end.ckpt"):
-        assert accuracies(tmp_path / "task_1_t1" / name) == whole
+        assert accuracies(tmp_path / "task_0_t0" / name) == whole
