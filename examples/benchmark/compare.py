@@ -6,10 +6,12 @@ python examples/benchmark/compare.py run --methods memory,i-lora --orders five -
 python examples/benchmark/compare.py cost --out runs/compare                     # step times, each method alone
 python examples/benchmark/compare.py run --budget time --out runs/compare        # the steps that sequential's time buys
 python examples/benchmark/compare.py tune --out runs/tune                        # learning rates and weights
+python examples/benchmark/compare.py run --settings runs/tune/chosen.yaml --out runs/compare       # with those
 python examples/benchmark/compare.py table runs/compare                          # tables and plots from what is there
 
 compare/standard.yaml says what is compared. Each (method, order, seed) is one small run and one JSON, written when the
-run is whole; finished runs are skipped. `lightning-cl report` reads the same files.
+run is whole; finished runs are skipped, and so are those that another process is at, so that the same command may run
+once on each device. `lightning-cl report` reads the same files.
 """
 
 from __future__ import annotations
@@ -21,11 +23,13 @@ os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import argparse
+import fcntl
 import hashlib
 import importlib
 import json
 import logging
 import multiprocessing
+import re
 import sys
 import time
 import traceback
@@ -37,24 +41,49 @@ import compare_data
 import compare_table
 import torch
 import yaml
-from compare_run import Job, make_encoder, run_one
+from compare_run import Job, make_encoder, read_rows, run_one
 
 STANDARD = Path(__file__).parent / "compare" / "standard.yaml"
 
 
-def read_config(path: Path, data: str | None = None) -> dict[str, Any]:
-    """The YAML, with environment variables in it replaced.
+def read_config(path: Path, data: str | None = None, settings: Path | None = None) -> dict[str, Any]:
+    """The YAML, with environment variables in it replaced and each method's settings put together.
+
+    Args:
+        path: the YAML.
+        data: the folder of the tasks, if not the YAML's.
+        settings: a YAML of settings by method, which go over the methods' own: what ``tune`` has chosen.
 
     Raises:
         SystemExit: for a file that is missing or no YAML.
     """
-    try:
-        config = yaml.safe_load(os.path.expandvars(path.read_text(encoding="utf8")))
-    except (OSError, yaml.YAMLError) as error:
-        raise SystemExit(f"--config {path}: {error}") from error
+    config = _read_yaml(path, "--config")
     if data is not None:
         config["data"] = data
+    chosen = {} if settings is None else _read_yaml(settings, "--settings")
+    unknown = sorted(chosen.keys() - config["methods"].keys())
+    if unknown:
+        raise SystemExit(f"--settings {settings}: there is no method {unknown[0]!r} in {path}. Take it out, or add it.")
+    found = {name: settings_of(config["methods"], name, chosen) for name in config["methods"]}
+    for name, spec in config["methods"].items():
+        spec["settings"] = found[name]
     return config
+
+
+def settings_of(methods: dict[str, Any], name: str, chosen: dict[str, Any]) -> dict[str, Any]:
+    """A method's settings: what it has in common with the method that was tuned for it, its own, what was chosen."""
+    spec = methods[name]
+    shared = settings_of(methods, spec["tuned_as"], chosen) if "tuned_as" in spec else {}
+    used = {"lr", *re.findall(r"\$(\w+)", json.dumps(spec.get("callbacks", [])))}
+    shared = {key: value for key, value in shared.items() if key in used}
+    return {**shared, **spec.get("settings", {}), **chosen.get(name, {})}
+
+
+def _read_yaml(path: Path, option: str) -> dict[str, Any]:
+    try:
+        return yaml.safe_load(os.path.expandvars(path.read_text(encoding="utf8")))
+    except (OSError, yaml.YAMLError) as error:
+        raise SystemExit(f"{option} {path}: {error}") from error
 
 
 def encoded_file(config: dict[str, Any], out: Path) -> Path:
@@ -96,6 +125,7 @@ def run_jobs(jobs: list[Job], parallel: int) -> int:
         print(f"{len(jobs) - len(waiting)} of {len(jobs)} runs are there already.", flush=True)
     if waiting:
         encode_rows(waiting[0].config, waiting[0].rows, {task for job in waiting for task in job.tasks})
+        read_rows(waiting[0].rows)  # once, for all forked children
     if parallel == 1:
         return sum(_attempt(job) for job in waiting)
     # Forked children start with what takes longest to import; where something has started CUDA already, they cannot.
@@ -121,12 +151,21 @@ def _child(job: Job) -> None:
 
 
 def _attempt(job: Job) -> int:
+    job.folder.mkdir(parents=True, exist_ok=True)
+    with (job.folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system opens it again, however the process ends
+        except BlockingIOError:
+            return 0  # another process is at this run
+        return 0 if job.is_done else _run(job)
+
+
+def _run(job: Job) -> int:
     began = time.perf_counter()
     name = f"{job.order} {job.method} seed {job.seed}"
     try:
         document = run_one(job)
     except Exception:
-        job.folder.mkdir(parents=True, exist_ok=True)
         (job.folder / "error.txt").write_text(traceback.format_exc(), encoding="utf8")
         print(f"{name}: failed, see {job.folder / 'error.txt'}\n{traceback.format_exc(limit=-3)}", flush=True)
         return 1
@@ -166,7 +205,7 @@ def command_tune(arguments: argparse.Namespace, config: dict[str, Any]) -> int:
     jobs = []
     for method in methods:
         spec = config["methods"][method]
-        base = {"lr": config["recipe"]["lr"], **spec.get("settings", {})}
+        base = {"lr": config["recipe"]["lr"], **spec["settings"]}
         grid = {"lr": plan["lr"], **spec.get("grid", {})}
         tried = [{**base, name: value} for name, values in grid.items() for value in values]
         for settings in {_digest(settings): settings for settings in [base, *tried]}.values():
@@ -176,7 +215,9 @@ def command_tune(arguments: argparse.Namespace, config: dict[str, Any]) -> int:
                 for seed in plan["seeds"]
             ]
     failures = run_jobs(_shard(jobs, arguments.shard), arguments.jobs)
-    print(compare_table.chosen(arguments.out))
+    text, chosen = compare_table.chosen(arguments.out)
+    print(text)
+    (arguments.out / "chosen.yaml").write_text(yaml.safe_dump(chosen), encoding="utf8")
     return min(failures, 1)
 
 
@@ -194,7 +235,7 @@ def _jobs(arguments: argparse.Namespace, config: dict[str, Any], tasks: int | No
         seeds = seeds[:1]
     rows = encoded_file(config, arguments.out)
     return [
-        Job(config, m, o, s, arguments.out, rows, config["methods"][m].get("settings", {}), commit=arguments.commit)
+        Job(config, m, o, s, arguments.out, rows, config["methods"][m]["settings"], commit=arguments.commit)
         for o in orders
         for s in seeds
         for m in methods
@@ -213,6 +254,7 @@ def main(argv: list[str] | None = None) -> int:
         command = commands.add_parser(name)
         command.add_argument("--config", type=Path, default=STANDARD)
         command.add_argument("--data", help="folder of the tasks; default: the YAML's")
+        command.add_argument("--settings", type=Path, help="YAML of settings by method, as `tune` writes it")
         command.add_argument("--methods", help="comma-separated; default: the group `core`")
         command.add_argument("--orders", help="comma-separated; default: the first")
         command.add_argument("--seeds", help="comma-separated; default: the YAML's")
@@ -228,7 +270,7 @@ def main(argv: list[str] | None = None) -> int:
     table.add_argument("--results", type=Path, help="a Markdown file whose tables are replaced, plots beside it")
     arguments = parser.parse_args(argv)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    config = read_config(arguments.config, getattr(arguments, "data", None))
+    config = read_config(arguments.config, getattr(arguments, "data", None), getattr(arguments, "settings", None))
     if arguments.command == "table":
         return compare_table.command(arguments.out, config, arguments.results)
     commands_by_name = {"run": command_run, "cost": command_cost, "tune": command_tune}

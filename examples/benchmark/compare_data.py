@@ -91,6 +91,11 @@ def encode(rows: Rows, encoder: Encoder, metric: str | None) -> Rows:
     return encoded if metric is None else sorted(encoded, key=lambda row: -len(row["input_ids"]))
 
 
+def train_rows(config: Mapping[str, Any], task: str, encoder: Encoder) -> Rows:
+    """The encoded training rows of a task."""
+    return encode(rows_of(find(config["data"], task, "train"), config["recipe"]["train_rows"]), encoder, None)
+
+
 def load(config: Mapping[str, Any], tasks: Iterable[str], encoder: Encoder) -> dict[str, Any]:
     """The encoded rows of the tasks and probes, and the checksums of their files.
 

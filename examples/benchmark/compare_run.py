@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import io
 import json
@@ -195,6 +196,12 @@ def make_encoder(config: dict[str, Any], tokenizer: Any) -> Encoder:
     return Encoder(tokenizer, recipe["max_length"], recipe["template"], "left", recipe.get("prompt_loss_weight", 0.0))
 
 
+@functools.cache
+def read_rows(path: Path) -> dict[str, Any]:
+    """The encoded rows of a file; read once, since processes that are forked afterwards have them too."""
+    return torch.load(path, weights_only=False)
+
+
 def make_stream(job: Job, rows: dict[str, Any], pad_token_id: int) -> BoundedStream:
     """The tasks and probes; for the upper bound one task of all rows, beside which the tasks are probes."""
     probes = [Task(name, test=test, role="probe", metric=metric) for name, (metric, test) in rows["probes"].items()]
@@ -243,13 +250,13 @@ def run_one(job: Job) -> dict[str, Any]:
     pl.seed_everything(job.seed, verbose=False)
     began = time.perf_counter()
     recipe = job.recipe
-    rows = torch.load(job.rows, weights_only=False)
+    rows = read_rows(job.rows)
     model = make_model(recipe, job.config["model"])
     pad = Encoder(model.tokenizer).pad_token_id
     if recipe.get("prompt_loss_weight"):
         # These rows learn their prompts too, so they are other rows.
         encoder = make_encoder({**job.config, "recipe": recipe}, model.tokenizer)
-        rows["train"] = compare_data.load(job.config, job.tasks, encoder)["train"]
+        rows = {**rows, "train": {task: compare_data.train_rows(job.config, task, encoder) for task in job.tasks}}
     callbacks = build(job.spec.get("callbacks", []), job.settings)
     costs = Costs()
     trainer = pl.Trainer(

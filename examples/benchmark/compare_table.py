@@ -312,24 +312,30 @@ def pareto(lines: list[Line], costs: dict[str, Run], path: Path, order: str) -> 
     return True
 
 
-def chosen(folder: Path) -> str:
-    """The best settings of each method: within one point of the best average, the least change of the general loss."""
+def chosen(folder: Path) -> tuple[str, dict[str, dict[str, Any]]]:
+    """The best settings of each method: within one point of the best average, the least change of the general loss.
+
+    Returns:
+        What was tried as a Markdown table, and the settings that won by method.
+    """
     by_settings: dict[str, dict[str, list[Run]]] = {}
     for run in read(folder)[0]:
         settings = json.dumps(part(run)["settings"], sort_keys=True)
         by_settings.setdefault(part(run)["method"], {}).setdefault(settings, []).append(run)
     rows = ["| method | settings | average | general loss change |", "| --- | --- | --- | --- |"]
+    winners = {}
     for method, groups in by_settings.items():
         tried = [(Line(method, runs), settings) for settings, runs in groups.items()]
         best = max(_value(line, "average") for line, _ in tried)
         near = [pair for pair in tried if _value(pair[0], "average") >= best - 1]
         winner = min(near, key=lambda pair: _value(pair[0], "news"))[1]
+        winners[method] = json.loads(winner)
         for line, settings in tried:
             mark = " **chosen**" if settings == winner else ""
             rows.append(
                 f"| {method} | {settings}{mark} | {_value(line, 'average'):.1f} | {_value(line, 'news'):+.3f} |"
             )
-    return "\n".join(rows)
+    return "\n".join(rows), winners
 
 
 def _value(line: Line, column: str) -> float:

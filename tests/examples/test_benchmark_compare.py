@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib
 import json
 import sys
@@ -132,10 +133,52 @@ def test_tuning_says_what_it_chose(
     assert compare.main(["tune", "--config", str(config), "--out", str(tmp_path / "tune"), "--methods", "i-lora"]) == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| i-lora")]
     tried = [json.loads(row.split(" | ")[1].removesuffix(" **chosen**")) for row in rows]
+    winner = next(settings for settings, row in zip(tried, rows, strict=True) if "**chosen**" in row)
+    assert yaml.safe_load((tmp_path / "tune" / "chosen.yaml").read_text()) == {"i-lora": winner}
     # One setting at a time around the method's own: two rates, three decays, two weights, of which one of each is its own.
     assert len(tried) == 1 + 1 + 2 + 1
     assert {"lr": 0.01, "decay": 0.99, "consistency": 1.0} in tried
     assert sum("**chosen**" in row for row in rows) == 1
+
+
+def test_chosen_settings_reach_the_methods_that_were_not_tuned(compare: Any, config: Path, tmp_path: Path) -> None:
+    content = yaml.safe_load(config.read_text())
+    interpolator = content["methods"]["i-lora"]["callbacks"]
+    content["methods"]["alike"] = {"tuned_as": "i-lora", "callbacks": interpolator, "settings": {"consistency": 0.0}}
+    content["methods"]["plain"] = {"tuned_as": "i-lora"}
+    config.write_text(yaml.safe_dump(content, sort_keys=False))
+    (tmp_path / "chosen.yaml").write_text("i-lora: {lr: 0.5, decay: 0.9, consistency: 2.0}\n")
+    methods = compare.read_config(config, settings=tmp_path / "chosen.yaml")["methods"]
+    assert methods["i-lora"]["settings"] == {"lr": 0.5, "decay": 0.9, "consistency": 2.0}
+    assert methods["alike"]["settings"] == {"lr": 0.5, "decay": 0.9, "consistency": 0.0}  # its own comes first
+    assert methods["plain"]["settings"] == {"lr": 0.5}  # it has no use for the others
+    (tmp_path / "chosen.yaml").write_text("magic: {lr: 0.5}\n")
+    with pytest.raises(SystemExit, match="there is no method 'magic' in"):
+        compare.read_config(config, settings=tmp_path / "chosen.yaml")
+    with pytest.raises(SystemExit, match=r"--settings .*nothere.yaml"):
+        compare.read_config(config, settings=tmp_path / "nothere.yaml")
+
+
+def test_a_run_that_another_process_is_at_is_left_to_it(compare: Any, config: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "o" / "two" / "sequential" / "seed_0"
+    folder.mkdir(parents=True)
+    arguments = [
+        "run",
+        "--config",
+        str(config),
+        "--out",
+        str(tmp_path / "o"),
+        "--methods",
+        "sequential",
+        "--seeds",
+        "0",
+    ]
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert compare.main(arguments) == 0
+        assert not (folder / "task_matrix.json").exists()
+    assert compare.main(arguments) == 0
+    assert (folder / "task_matrix.json").is_file()
 
 
 def fabricated(folder: Path, compare: Any, seed: int, shift: float, **made_by: Any) -> None:
@@ -299,7 +342,7 @@ def test_every_method_of_the_standard_can_be_built(compare: Any) -> None:
     standard = compare.read_config(compare.STANDARD, data="x")
     assert set(standard["groups"]["core"]) <= standard["methods"].keys()
     for name, spec in standard["methods"].items():
-        callbacks = sys.modules["compare_run"].build(spec.get("callbacks", []), spec.get("settings", {}))
+        callbacks = sys.modules["compare_run"].build(spec.get("callbacks", []), spec["settings"])
         assert len(callbacks) == len(spec.get("callbacks", [])), name
     assert all(len(set(order)) == len(order) for order in standard["orders"].values())
     assert standard["tune"]["order"] in standard["orders"]
