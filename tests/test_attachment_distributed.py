@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_cl.anatomy import find_final_norm
 from lightning_cl.callbacks import ReplayMixer
-from lightning_cl.replay import EpisodicMemory, GeneralSamples
+from lightning_cl.replay import EpisodicMemory, GeneralSamples, joining
 from lightning_cl.weights import adapters_disabled
 from tests.helpers import models, spawn
 from tests.test_attachment import Probe
@@ -219,3 +219,39 @@ def _misfits(rank: int, folder: Path) -> None:
 
 def test_rows_that_do_not_fit_on_one_rank_are_an_error_on_all(tmp_path: Path) -> None:
     spawn.run(_misfits, 2, tmp_path)
+
+
+def packed(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """One row ``[1, tokens]`` of segments, told apart by their positions."""
+    joined = {key: torch.cat([row[key] for row in rows])[None] for key in ("input_ids", "labels")}
+    return {**joined, "position_ids": torch.cat([torch.arange(len(row["input_ids"])) for row in rows])[None]}
+
+
+def _collations(rank: int, folder: Path) -> None:
+    calls = {"collate_rows": 0, "join_packed": 0}
+
+    def counted(name: str) -> Any:
+        real = getattr(joining, name)
+
+        def call(*args: Any) -> Any:
+            calls[name] += 1
+            return real(*args)
+
+        return call
+
+    for name in calls:
+        setattr(joining, name, counted(name))
+    for collate in (models.collate, packed):
+        for source in (GeneralSamples(models.TokenRows(6, seed=9), num_samples=6), EpisodicMemory(4)):
+            rows = torch.utils.data.DataLoader(models.TokenRows(16), batch_size=2, collate_fn=collate)
+            mixer = ReplayMixer(source, rows_per_batch=2)
+            trainer = models.trainer(folder, callbacks=[mixer], max_steps=3, strategy="ddp", devices=2)
+            trainer.fit(models.PlainLM(models.lora(models.tiny_llama())), rows)
+            assert trainer.global_step == 3
+    spawn.save(folder, rank, calls)
+
+
+def test_replay_rows_are_collated_once_a_step_on_each_rank(tmp_path: Path) -> None:
+    spawn.run(_collations, 2, tmp_path)
+    # Three steps with general samples; the memory of a first task is empty, and nothing is made of nothing.
+    assert spawn.load(tmp_path) == [{"collate_rows": 3, "join_packed": 3}] * 2

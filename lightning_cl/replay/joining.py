@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -161,7 +161,7 @@ class Joiner:
         for provider in self.providers:
             if provider.observe is not None:
                 provider.observe(layout)
-        rows, error = self._next_that_fit(layout)
+        rows, made, error = self._next_that_fit(layout)
         plan = self._plan(layout, rows)
         if world_size() > 1:
             having, joined, separate, failed = sum_over_ranks([float(bool(rows)), *plan, float(error is not None)])
@@ -170,30 +170,40 @@ class Joiner:
             if 0 < having < world_size() and not rows:
                 # A rank without rows would skip the passes that the others make, and hang them.
                 rows = self._draw(layout, 1)
+                made = self._made(layout, rows)
             plan = (joined, separate)
         if not rows:
             return Added(batch)
         is_separate = self._is_separate(layout, plan)
         counts = any(not self._is_unlabelled(row) for row in rows)
         if not is_separate or counts:
-            rows = [self._without_labels(row, layout) if self._is_unlabelled(row) else row for row in rows]
-        added = self._separate(layout, rows, counts) if is_separate else self._joined(layout, rows, counts)
+            rows = self._leave_out_labels(layout, rows, made)
+        added = self._separate(layout, rows, made, counts) if is_separate else self._joined(layout, rows, made, counts)
         added.replay.window = self._window
         return added
 
-    def _next_that_fit(self, layout: BatchLayout) -> tuple[list[Row], Exception | None]:
-        """This batch's rows; of several ranks, one that cannot use its rows says so instead of leaving the others alone."""
-        if world_size() == 1:
-            return self._next(layout), None
+    def _next_that_fit(self, layout: BatchLayout) -> tuple[list[Row], Any, Exception | None]:
+        """This batch's rows, as they are and made to fit the batch.
+
+        Of several ranks, one that cannot use its rows says so instead of leaving the others alone.
+        """
         try:
             rows = self._next(layout)
-            if layout.packed:
-                join_packed(layout, rows)
-            elif rows:
-                collate_rows(rows, layout, self._pad_values)
+            return rows, self._made(layout, rows), None
         except Exception as error:
-            return [], error
-        return rows, None
+            if world_size() == 1:
+                raise
+            return [], None, error
+
+    def _made(self, layout: BatchLayout, rows: list[Row]) -> Any:
+        """The rows' columns as :func:`collate_rows` gives them; of a packed batch, the batch with the rows at its end."""
+        if not rows:
+            return None
+        if not layout.packed:
+            return collate_rows(rows, layout, self._pad_values)
+        return join_packed(
+            layout, [self._without_labels(row, layout) if self._is_unlabelled(row) else row for row in rows]
+        )
 
     def _next(self, layout: BatchLayout) -> list[Row]:
         """This batch's rows."""
@@ -239,26 +249,36 @@ class Joiner:
     def _is_unlabelled(self, row: Row) -> bool:
         return any(sources is None or row.source in sources for sources in self.unlabelled_sources)
 
+    def _leave_out_labels(self, layout: BatchLayout, rows: list[Row], made: Any) -> list[Row]:
+        """Blank the labels of the rows that shall carry none; a packed batch was made without them."""
+        blank = [self._is_unlabelled(row) for row in rows]
+        if not layout.packed and any(blank):
+            self._check_labels(layout, layout.per_row)
+            made["labels"][torch.tensor(blank)] = IGNORED_LABEL
+        return [replace(row, tokens=0) if without else row for row, without in zip(rows, blank, strict=True)]
+
     def _without_labels(self, row: Row, layout: BatchLayout) -> Row:
-        has_labels = "labels" in (layout.leaves if layout.packed else layout.per_row)
-        if not has_labels:
-            raise MisconfigurationException(
-                "Replay rows shall carry no labels (they are distilled), but the batch has no key `labels` to leave out:"
-                f' it has {list(layout.leaves)}. Use `ReplayMixer(layout="separate")`, whose replay loss is dropped, with'
-                " all rows distilled."
-            )
+        self._check_labels(layout, layout.leaves)
         labels = torch.full_like(row.content["input_ids"], IGNORED_LABEL)
         return replace(row, content={**row.content, "labels": labels}, tokens=0)
 
-    def _joined(self, layout: BatchLayout, rows: list[Row], counts: bool) -> Added:
+    def _check_labels(self, layout: BatchLayout, keys: Collection[str]) -> None:
+        labels = layout.leaves.get("labels")
+        if "labels" not in keys or not isinstance(labels, Tensor) or labels.is_floating_point():
+            raise MisconfigurationException(
+                "Replay rows shall carry no labels (they are distilled), but the batch has no key `labels` of token numbers"
+                f' to leave out: it has {list(layout.leaves)}. Use `ReplayMixer(layout="separate")`, whose replay loss is'
+                " dropped, with all rows distilled."
+            )
+
+    def _joined(self, layout: BatchLayout, rows: list[Row], made: Any, counts: bool) -> Added:
         mask: Tensor | None
         index: Tensor | None
         if layout.packed:
-            batch = join_packed(layout, rows)
+            batch = made
             mask, index, total = _segments(layout, rows)
         else:
-            columns = self._transfer(collate_rows(rows, layout, self._pad_values), layout)
-            batch = join(layout, columns, self._pad_values)
+            batch = join(layout, self._transfer(made, layout), self._pad_values)
             widest = max(row.length for row in rows)
             mask, index, total = _mask(rows, max(layout.width, widest), layout), None, layout.rows + len(rows)
         replay = ReplayRows(_ids(rows), [row.source for row in rows], total, mask, index, "joined")
@@ -268,8 +288,8 @@ class Joiner:
             weight = self._effective_weight(layout, rows, tokens)
         return Added(batch, replay, None, weight, counts, tokens)
 
-    def _separate(self, layout: BatchLayout, rows: list[Row], counts: bool) -> Added:
-        columns = self._transfer(collate_rows(rows, layout, self._pad_values), layout)
+    def _separate(self, layout: BatchLayout, rows: list[Row], made: Any, counts: bool) -> Added:
+        columns = self._transfer(made, layout)
         widest = max(row.length for row in rows)
         replay = ReplayRows(
             _ids(rows), [row.source for row in rows], len(rows), _mask(rows, widest, layout), None, "separate"
