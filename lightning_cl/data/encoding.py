@@ -222,13 +222,11 @@ class Encoder:
         if "messages" in example:
             answers = [self._tokenize(self._render(example))]
         else:
-            own = self._tokenize(self._render(example))
-            near_limit = len(own.ids) + _byte_room(example) > self.max_length
-            if "options" in example and (all_options or near_limit):
+            # Each option is tokenized with its prompt: the two may share a token.
+            answers = [] if all_options else [self._tokenize(self._render(example))]
+            if all_options or ("options" in example and len(answers[0].ids) + _byte_room(example) > self.max_length):
                 texts = [self._render({**example, "answer": option}) for option in example["options"]]
                 answers = [self._tokenize(text) for text in texts]
-            else:
-                answers = [own]
         start = min(answer.answer_start for answer in answers)
         # Tokens that some option changes before its first letter belong to the options.
         while any(answer.ids[:start] != answers[0].ids[:start] for answer in answers):

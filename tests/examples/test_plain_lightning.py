@@ -6,6 +6,7 @@ from __future__ import annotations
 import runpy
 from pathlib import Path
 
+import lightning.pytorch  # noqa: F401 - changes the environment when it is first imported
 import pytest
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "plain_lightning.py"
