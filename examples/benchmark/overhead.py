@@ -23,7 +23,7 @@ from lightning_cl.callbacks import ContinualCallback, ReplayMixer
 from lightning_cl.replay import EpisodicMemory, GeneralSamples, Row
 
 # Steps of each fit that are not counted: allocator, kernels and the optimizer's state are set up in them.
-WARM_UP = 3
+WARM_UP = 2
 
 #: A measured figure: what it is, its value, and the most it may be (None: for comparison).
 Figure = tuple[str, float, "float | None"]

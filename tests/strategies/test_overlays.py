@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from lightning.pytorch.cli import LightningCLI
 
 from lightning_cl.strategies import CLFSDPStrategy, CLSingleDeviceStrategy
@@ -35,8 +37,23 @@ def test_overlay_builds_its_strategy(overlay: Path, tmp_path: Path) -> None:
     assert type(strategy) is (CLFSDPStrategy if "fsdp" in overlay.stem else CLSingleDeviceStrategy)
     assert (strategy.quantization is not None) == ("4bit" in overlay.stem or "hybrid" in overlay.stem)
     header = overlay.read_text()
+    # A name such as `cl_fsdp` is known only to a program that has imported lightning_cl already.
+    assert yaml.safe_load(header)["trainer"]["strategy"]["class_path"].startswith("lightning_cl.strategies.")
     assert header.startswith("# ")
     assert header.count("\n#") >= 3, "say what it needs, how to launch it and what it is not for"
+
+
+def test_a_program_that_knows_nothing_of_us_can_use_one() -> None:
+    code = (
+        "import sys; from lightning.pytorch.cli import LightningCLI;"
+        "from lightning.pytorch.demos.boring_classes import BoringModel;"
+        "assert 'lightning_cl' not in sys.modules;"
+        "cli = LightningCLI(BoringModel, run=False, save_config_callback=None, args=["
+        f"'--config={EXAMPLES / 'strategies' / 'cl_single_device.yaml'}', '--trainer.accelerator=cpu']);"
+        "print(type(cli.trainer.strategy).__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split()[-1:] == ["CLSingleDeviceStrategy"], done.stderr
 
 
 def test_there_is_an_overlay_for_each_name() -> None:
