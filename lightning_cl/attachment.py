@@ -209,10 +209,14 @@ class Attachment:
         A Hugging Face model's backbone; in any other module whatever encloses the watched modules, since only
         ``training_step`` knows which of them it calls.
         """
-        if anatomy.pretrained_model(self.module) is not None:
+        if self._pretrained:
             return [self.network]
         names = {name[:i] for name in self._watched for i, c in enumerate(name + ".") if c == "."} | {""}
         return [self.module.get_submodule(name) for name in sorted(names)]
+
+    @functools.cached_property
+    def _pretrained(self) -> bool:
+        return anatomy.pretrained_model(self.module) is not None
 
     @functools.cached_property
     def _all_modules(self) -> list[nn.Module]:
@@ -379,6 +383,11 @@ class Attachment:
         reduced = step.replay.arguments(args, kwargs)
         if reduced is None:
             return
+        mask = reduced[1].get("attention_mask")
+        if step.replay.full and self._pretrained and isinstance(mask, Tensor) and mask.ndim == 2:
+            # Nothing is masked, and the library would stop the host until the device has told it so: until all work of
+            # the last step is done, after which it launches this pass's many small kernels slower than they run.
+            del reduced[1]["attention_mask"]
         self._in_reference = True
         # Through `__dict__`, since `nn.Module.__setattr__` on a thousand modules would cost more than the hooks.
         modules = [part for part in self._all_modules if part.training]

@@ -26,6 +26,8 @@ class ReplayRows:
         total: rows of the batch that holds them (tokens, if it is packed).
         token_mask: bool ``[R, T]``, True at real tokens; None for data without a token axis.
         packed_index: ``[R, T]`` positions on the token axis of a packed batch; None for an ordinary batch.
+        packed_start: the first of these positions.
+        full: True if none of their tokens is padding. Both are known without asking the device, which would wait for it.
         layout: whether they share the task rows' forward pass.
         window: the replay rows of all batches of this optimizer step on this rank, this batch's included; None unless a
             callback asked for them (``attachment.draw_ahead``).
@@ -38,6 +40,8 @@ class ReplayRows:
     packed_index: Tensor | None = None
     layout: str = "joined"
     window: list[Row] | None = None
+    packed_start: int = 0
+    full: bool = False
 
     @property
     def count(self) -> int:
@@ -75,8 +79,7 @@ class ReplayRows:
         return self.select(value) if name not in _NOT_ROWS and self.fits(value) else value
 
     def _packed_argument(self, name: str, value: Any) -> Any:
-        assert self.packed_index is not None
-        start = int(self.packed_index[0, 0])
+        start = self.packed_start
         if name == "use_cache":
             return False
         if name.startswith(("cu_seqlens", "cu_seq_lens")) and isinstance(value, Tensor):
@@ -88,8 +91,8 @@ class ReplayRows:
     def alone(self) -> ReplayRows:
         """The same rows as a reference pass sees them: with nothing before them."""
         if self.packed_index is None:
-            return ReplayRows(self.ids, self.sources, self.count, self.token_mask)
-        start = int(self.packed_index[0, 0])
+            return ReplayRows(self.ids, self.sources, self.count, self.token_mask, full=self.full)
+        start = self.packed_start
         index = (self.packed_index - start).clamp_min(0)
         return ReplayRows(self.ids, self.sources, self.total - start, self.token_mask, index)
 

@@ -154,6 +154,24 @@ def test_reference_pass_is_the_model_without_adapters(tmp_path: Any, layout: str
     assert all(part.training for part in module.modules())
 
 
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("layout", ["joined", "separate"])
+def test_reference_pass_gets_a_mask_only_where_something_is_masked(tmp_path: Any, layout: str, ragged: bool) -> None:
+    """Given one, the library asks the device whether anything is masked, and the host waits for all work before."""
+    module = models.PlainLM(models.lora(models.tiny_llama()))
+    seen: list[tuple[bool, Any]] = []
+    module.model.get_base_model().model.register_forward_pre_hook(
+        lambda network, args, kwargs: seen.append((torch.is_grad_enabled(), kwargs.get("attention_mask"))),
+        with_kwargs=True,
+    )
+    mixer = ReplayMixer(_general(ragged=ragged), rows_per_batch=6, layout=layout)
+    _fit(tmp_path, module, [mixer, Probe(reference=True)], models.loader(ragged=ragged))
+    masks = [mask for with_gradient, mask in seen if not with_gradient]
+    assert masks
+    assert all((mask is None) != ragged for mask in masks)
+    assert all(mask is not None for with_gradient, mask in seen if with_gradient)
+
+
 def test_detaching_restores_the_module_exactly(tmp_path: Any) -> None:
     module = models.PlainLM(models.lora(models.tiny_llama()))
     trainer = models.trainer(tmp_path, max_steps=1)

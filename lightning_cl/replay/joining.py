@@ -272,16 +272,16 @@ class Joiner:
             )
 
     def _joined(self, layout: BatchLayout, rows: list[Row], made: Any, counts: bool) -> Added:
-        mask: Tensor | None
-        index: Tensor | None
+        ids, sources = _ids(rows), [row.source for row in rows]
         if layout.packed:
             batch = made
-            mask, index, total = _segments(layout, rows)
+            mask, index, start, total = _segments(layout, rows)
+            replay = ReplayRows(ids, sources, total, mask, index, packed_start=start)
         else:
             batch = join(layout, self._transfer(made, layout), self._pad_values)
-            widest = max(row.length for row in rows)
-            mask, index, total = _mask(rows, max(layout.width, widest), layout), None, layout.rows + len(rows)
-        replay = ReplayRows(_ids(rows), [row.source for row in rows], total, mask, index, "joined")
+            width = max(layout.width, *(row.length for row in rows))
+            total = layout.rows + len(rows)
+            replay = ReplayRows(ids, sources, total, _mask(rows, width, layout), full=_are_full(rows, width))
         tokens = self._row_tokens(layout, rows)
         weight = self._task_weight
         if weight is None:
@@ -291,9 +291,8 @@ class Joiner:
     def _separate(self, layout: BatchLayout, rows: list[Row], made: Any, counts: bool) -> Added:
         columns = self._transfer(made, layout)
         widest = max(row.length for row in rows)
-        replay = ReplayRows(
-            _ids(rows), [row.source for row in rows], len(rows), _mask(rows, widest, layout), None, "separate"
-        )
+        replay = ReplayRows(_ids(rows), [row.source for row in rows], len(rows), _mask(rows, widest, layout))
+        replay.layout, replay.full = "separate", _are_full(rows, widest)
         weight: Any = self._task_weight
         if weight is None:
             weight = self._effective_weight(layout, rows, self._row_tokens(layout, rows)) if counts else 1.0
@@ -335,12 +334,19 @@ def _mask(rows: list[Row], width: int, layout: BatchLayout) -> Tensor | None:
     return mask.to(layout.leaves["input_ids"].device, non_blocking=True)
 
 
-def _segments(layout: BatchLayout, rows: list[Row]) -> tuple[Tensor, Tensor, int]:
-    """Token mask ``[R, T]``, token positions ``[R, T]`` and number of tokens of a packed batch with ``rows`` at its end."""
+def _are_full(rows: list[Row], width: int) -> bool:
+    """Whether each row has ``width`` tokens, and attention leaves none of them out."""
+    masks = [row.content.get("attention_mask") for row in rows]
+    return all(row.length == width for row in rows) and all(m is None or bool(torch.as_tensor(m).all()) for m in masks)
+
+
+def _segments(layout: BatchLayout, rows: list[Row]) -> tuple[Tensor, Tensor, int, int]:
+    """Of a packed batch with ``rows`` at its end: their token mask and positions ``[R, T]``, their start, all tokens."""
     ids = layout.leaves["input_ids"]
+    start = ids.shape[1]
     lengths = torch.tensor([row.length for row in rows])
-    starts = ids.shape[1] + lengths.cumsum(0) - lengths
+    starts = start + lengths.cumsum(0) - lengths
     offsets = torch.arange(int(lengths.max()))[None]
     mask = offsets < lengths[:, None]
     index = torch.where(mask, starts[:, None] + offsets, starts[:, None])
-    return mask.to(ids.device), index.to(ids.device), ids.shape[1] + int(lengths.sum())
+    return mask.to(ids.device), index.to(ids.device), start, start + int(lengths.sum())
