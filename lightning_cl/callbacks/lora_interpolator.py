@@ -394,7 +394,7 @@ class LoRAInterpolator(ContinualCallback):
         for name in self._watched:
             fast, slow = step.activations[name], step.reference["slow"][name]
             # A module may give one vector a row, to which no token mask applies.
-            mask = step.replay.token_mask if fast.ndim > 2 else None
+            mask = step.replay.token_mask if fast.ndim > 2 and not step.replay.full else None
             loss = consistency_loss(fast, slow, mask, self.consistency)
             total = loss if total is None else total + loss
         assert total is not None

@@ -263,7 +263,7 @@ class ReplayDistillation(ContinualCallback):
             teacher_weight,
             bias,
             self._transform,
-            mask,
+            None if rows.full else mask,
             self.temperature,
             self.chunk_size,
             teacher_bias,

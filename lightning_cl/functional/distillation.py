@@ -12,8 +12,11 @@ from torch.autograd.function import once_differentiable
 
 # Logits of one chunk: 2^25 float32 values are 128 MiB, enough to fill a GPU and small beside the activations.
 _CHUNK_ELEMENTS = 2**25
-# At least this many chunks, so that a small vocabulary does not bring the whole back in one piece.
-_MIN_CHUNKS = 8
+# At least this many chunks, so that a small vocabulary does not bring the whole back in one piece; but a chunk of fewer
+# tokens than this takes as long as if it had them, since its products wait for the head's weight.
+_MIN_CHUNKS, _FULL_CHUNK = 8, 256
+# Products run in tiles of so many rows.
+_TILE = 128
 
 
 def distillation_loss(
@@ -46,7 +49,7 @@ def distillation_loss(
         mask: ``[...]``, true or nonzero for the tokens that count. Masked tokens may hold anything, also NaN.
         temperature: Both logits are divided by it; > 0. The loss is the KL of the softened distributions, in nats a
             token, not multiplied by the temperature's square.
-        chunk_size: Tokens a chunk; by default at most 2^25 logits and at most an eighth of the tokens.
+        chunk_size: Tokens a chunk; by default at most 2^25 logits and at most an eighth of the tokens (or 256).
         teacher_bias: ``[V]``; by default ``bias`` detached.
 
     Returns:
@@ -165,7 +168,8 @@ def _chunked(
         raise ValueError(f"`mask` {tuple(mask.shape)} must have the shape of `hidden` {tuple(hidden.shape)} without D.")
     tokens = hidden.shape[:-1].numel()
     if chunk_size is None:
-        chunk_size = max(1, min(_CHUNK_ELEMENTS // max(1, weight.shape[0]), -(-tokens // _MIN_CHUNKS)))
+        chunk_size = min(_CHUNK_ELEMENTS // max(1, weight.shape[0]), max(_FULL_CHUNK, -(-tokens // _MIN_CHUNKS)))
+        chunk_size = max(1, chunk_size - (chunk_size % _TILE if chunk_size > _TILE else 0))
     if chunk_size < 1:
         raise ValueError(f"`chunk_size={chunk_size}`: a chunk holds at least one token. Use None for the default.")
     device = hidden.device.type

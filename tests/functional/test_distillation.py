@@ -140,7 +140,7 @@ class _Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("objective", ["distillation", "labels"])
 def test_no_tensor_of_all_logits_exists(objective: str) -> None:
-    rows, tokens, vocab, size = 4, 32, 512, 16
+    rows, tokens, vocab, size = 4, 512, 128, 16
     hidden = random(rows, tokens, size, seed=0, dtype=torch.bfloat16).requires_grad_()
     weight = random(vocab, size, seed=1, dtype=torch.bfloat16).requires_grad_()
     with _Largest() as seen:
