@@ -13,9 +13,11 @@ from torch import Tensor
 class InverseSampler:
     """Draw one token a row: the inverse of the cumulative distribution at a given uniform number.
 
-    In two levels, so that no sum runs over the whole vocabulary: the block of 256 tokens by its mass, then the token
-    inside it. Sums are products with a triangle of ones in float64: exact to 1e-15, and reproducible on a GPU, where a
-    cumulative sum is not.
+    In two levels, so that no cumulative sum runs over the whole vocabulary: the block of 256 tokens by its mass, then
+    the token inside it. Cumulative sums are products with a triangle of ones in float64: exact to 1e-15, and
+    reproducible on a GPU, where a cumulative sum is not. The distribution itself is never written down: of a large
+    vocabulary it would be the largest tensor of a decode step. Exponentials live a few rows at a time, in the cache of
+    a GPU, and those of the drawn block are taken again.
 
     Args:
         vocabulary: Number of tokens.
@@ -30,6 +32,8 @@ class InverseSampler:
     """
 
     _block = 256
+    # Exponentials at a time: 32 MiB of float32.
+    _elements = 2**23
 
     def __init__(self, vocabulary: int, device: torch.device, temperature: float = 1.0) -> None:
         self.work = torch.float32 if device.type == "mps" else torch.float64
@@ -38,29 +42,40 @@ class InverseSampler:
             torch.ones(n, n, device=device, dtype=self.work).triu()
             for n in (-(-vocabulary // self._block), self._block)
         ]
+        self._places = torch.arange(self._block, device=device)
 
     def __call__(self, logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens for ``logits [B, V]`` at ``uniforms [B]`` in [0, 1), and whether each row's logits were usable."""
-        rows, vocabulary = logits.shape
+        vocabulary = logits.shape[1]
         outer, inner = self._triangles
-        if self._temperature != 1.0:
-            logits = logits.float() / self._temperature
-        p = torch.softmax(logits, dim=-1, dtype=torch.float32)
-        missing = len(outer) * self._block - vocabulary
-        if missing:  # padding by nothing would copy the largest tensor of a decode step
-            p = torch.nn.functional.pad(p, (0, missing))
-        p = p.view(rows, len(outer), self._block)
-        mass = p.sum(-1, dtype=self.work)
+        # Relative to the largest: nothing overflows. With an axis, so that a difference is taken in float32 at once.
+        top = logits.amax(-1, keepdim=True).to(torch.promote_types(logits.dtype, torch.float32))
+        parts = max(1, self._elements // vocabulary)
+        mass = torch.cat([self._masses(*part) for part in zip(logits.split(parts), top.split(parts), strict=True)])
         cumulative = mass @ outer
         wanted = uniforms.to(self.work)[:, None] * cumulative[:, -1:]
         block = (cumulative <= wanted).sum(-1, keepdim=True).clamp_max(len(outer) - 1)
         rest = wanted - (cumulative - mass).gather(1, block)
-        inside = p.gather(1, block[:, :, None].expand(-1, 1, self._block))[:, 0]
+        places = block * self._block + self._places
+        inside = self._exponentials(logits.gather(1, places.clamp_max(vocabulary - 1)), top)
+        inside = inside.masked_fill(places >= vocabulary, 0.0)
         offset = (inside.to(self.work) @ inner <= rest).sum(-1)
         # Rounding can leave a remainder after the block's last token; its likeliest token is a token that it has.
         offset = torch.where(offset < self._block, offset, inside.argmax(-1))
         token = (block[:, 0] * self._block + offset).clamp_max(vocabulary - 1)
         return token, torch.isfinite(cumulative[:, -1])
+
+    def _exponentials(self, logits: Tensor, top: Tensor) -> Tensor:
+        difference = logits - top
+        return (difference if self._temperature == 1.0 else difference.div_(self._temperature)).exp_()
+
+    def _masses(self, logits: Tensor, top: Tensor) -> Tensor:
+        """The sum of each block's exponentials."""
+        values = self._exponentials(logits, top)
+        blocks = values.shape[1] // self._block
+        whole = values[:, : blocks * self._block].unflatten(1, (blocks, self._block)).sum(-1)
+        rest = values[:, blocks * self._block :]
+        return (torch.cat([whole, rest.sum(-1, keepdim=True)], 1) if rest.shape[1] else whole).to(self.work)
 
 
 def row_uniforms(seed: int, row: int, length: int) -> Any:

@@ -134,6 +134,23 @@ def test_draws_follow_the_distribution() -> None:
     assert abs(statistic - degrees) < 4 * (2 * degrees) ** 0.5  # chi-square: mean n, variance 2n
 
 
+@pytest.mark.parametrize("vocabulary", [100, 512, 700])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_draw_is_the_inverse_of_the_cumulative_sum(
+    vocabulary: int, temperature: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(InverseSampler, "_elements", 3 * vocabulary)  # in parts of three rows
+    generator = torch.Generator().manual_seed(0)
+    logits = (4 * torch.randn(50, vocabulary, generator=generator) + 30).to(dtype)
+    uniforms = torch.rand(50, generator=generator, dtype=torch.float64)
+    cumulative = (logits.double() / temperature).softmax(-1).cumsum(-1)
+    expected = torch.searchsorted(cumulative, uniforms[:, None], right=True)[:, 0]
+    tokens, finite = InverseSampler(vocabulary, torch.device("cpu"), temperature)(logits, uniforms)
+    assert torch.equal(tokens, expected)
+    assert finite.all()
+
+
 def test_the_ends_of_the_distribution() -> None:
     draw = InverseSampler(300, torch.device("cpu"))
     logits = torch.full((4, 300), -float("inf"))
