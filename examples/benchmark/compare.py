@@ -118,18 +118,27 @@ def choose(given: str | None, known: dict[str, Any] | list[Any], default: list[A
     return chosen
 
 
-def run_jobs(jobs: list[Job], parallel: int) -> int:
-    """Run what is not there yet, so many at a time; a run that fails stops no other. Gives the number of failures."""
+def run_jobs(jobs: list[Job], parallel: int, apart: bool = False) -> int:
+    """Run what is not there yet; a run that fails stops no other.
+
+    Args:
+        jobs: the runs.
+        parallel: how many at a time.
+        apart: each in a process of its own, also where it is one at a time.
+
+    Returns:
+        The number of failures.
+    """
     waiting = [replace(job, jobs=parallel) for job in jobs if not job.is_done]
     if len(jobs) > len(waiting):
         print(f"{len(jobs) - len(waiting)} of {len(jobs)} runs are there already.", flush=True)
     if waiting:
         encode_rows(waiting[0].config, waiting[0].rows, {task for job in waiting for task in job.tasks})
         read_rows(waiting[0].rows)  # once, for all forked children
-    if parallel == 1:
+    if parallel == 1 and not apart:
         return sum(_attempt(job) for job in waiting)
-    # Forked children start with what takes longest to import; where something has started CUDA already, they cannot.
-    importlib.import_module("transformers.modeling_utils")
+    _import_for_children()
+    # Where something has started CUDA already, children cannot be forked.
     context = multiprocessing.get_context("spawn" if torch.cuda.is_initialized() else "fork")
     running: list[Any] = []
     failures = 0
@@ -143,6 +152,23 @@ def run_jobs(jobs: list[Job], parallel: int) -> int:
         failures += sum(process.exitcode != 0 for process in ended)
         running = [process for process in running if process not in ended]
     return failures
+
+
+def _import_for_children() -> None:
+    """Forked children start with what takes longest to import.
+
+    No device is visible meanwhile: bitsandbytes, which peft imports, would start CUDA.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    try:
+        for name in ("transformers.modeling_utils", "transformers.models.llama.modeling_llama", "peft"):
+            importlib.import_module(name)
+    finally:
+        if visible is None:
+            del os.environ["CUDA_VISIBLE_DEVICES"]
+        else:
+            os.environ["CUDA_VISIBLE_DEVICES"] = visible
 
 
 def _child(job: Job) -> None:
@@ -195,7 +221,7 @@ def command_cost(arguments: argparse.Namespace, config: dict[str, Any]) -> int:
     jobs = [
         replace(job, out=arguments.out / "cost", max_steps=arguments.steps) for job in _jobs(arguments, config, tasks=2)
     ]
-    return min(run_jobs(jobs, 1), 1)
+    return min(run_jobs(jobs, 1, apart=True), 1)  # a run's memory and compiled code must not count for the next
 
 
 def command_tune(arguments: argparse.Namespace, config: dict[str, Any]) -> int:

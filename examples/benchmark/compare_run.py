@@ -25,6 +25,7 @@ from lightning_cl.data import Collator, Encoder
 from lightning_cl.metrics import TaskMatrix
 from lightning_cl.report import results
 from lightning_cl.report.provenance import provenance
+from lightning_cl.strategies import CLSingleDeviceStrategy
 
 
 @dataclass(frozen=True)
@@ -244,6 +245,14 @@ def make_model(recipe: dict[str, Any], model: str) -> CausalLMModule:
     return module
 
 
+def make_strategy(recipe: dict[str, Any]) -> CLSingleDeviceStrategy:
+    """One device; with ``compile``, on a GPU, equal blocks are compiled once for all lengths and batch sizes."""
+    compiled = bool(recipe.get("compile")) and torch.cuda.is_available()
+    if compiled:
+        torch._dynamo.config.assume_static_by_default = False
+    return CLSingleDeviceStrategy(compile_blocks=compiled)
+
+
 def run_one(job: Job) -> dict[str, Any]:
     """Train and evaluate one method on one order with one seed, and write its result."""
     warnings.filterwarnings("ignore", message=".*(num_workers|many workers|log_every_n_steps|is missing|empty).*")
@@ -262,7 +271,7 @@ def run_one(job: Job) -> dict[str, Any]:
     trainer = pl.Trainer(
         accelerator="auto",
         devices=1,
-        strategy="cl_single_device",
+        strategy=make_strategy(recipe),
         precision=recipe["precision"],
         max_epochs=-1 if job.max_steps else recipe["epochs"],
         max_steps=job.max_steps or -1,
