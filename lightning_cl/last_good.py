@@ -55,9 +55,7 @@ class LastGood:
             return {"weights": self._whole, "buffers": self._buffers}
         parameters = weights.trainable(module)
         known = {name: shard for name, shard in self._shards.items() if name in parameters}
-        device = next(iter(parameters.values())).device if parameters else "cpu"
-        whole = weights.gather(module, {n: s.to(device) for n, s in known.items()}, parameters)
-        return {"weights": whole, "buffers": self._buffers}
+        return {"weights": weights.gather(module, known, parameters, copy=False), "buffers": self._buffers}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Take over what :meth:`state` gave; it is spread over the ranks when it is put back."""

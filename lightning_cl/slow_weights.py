@@ -197,17 +197,21 @@ class SlowWeights:
             for name, parameter in self.parameters.items():
                 weights.local(parameter).copy_(self.shards[name])
 
-    def whole(self) -> dict[str, Tensor]:
-        """The averages on the CPU, whole. A collective call under sharding, where rank 0 alone keeps the result."""
+    def whole(self, copy: bool = True) -> dict[str, Tensor]:
+        """The averages, whole. A collective call under sharding, where rank 0 alone keeps the result.
+
+        Args:
+            copy: on the CPU in any case; otherwise those that are not sharded are given as they are.
+        """
         if self._loaded is not None:
             return dict(self._loaded)
         here = {name: shard for name, shard in self.shards.items() if name in self.parameters}
-        gathered = weights.gather(self._module, here, self.parameters) if self._module is not None else {}
+        gathered = {} if self._module is None else weights.gather(self._module, here, self.parameters, copy=copy)
         return gathered | {name: shard for name, shard in self.shards.items() if name not in here}
 
     def state_dict(self) -> dict[str, Any]:
         """The averages, whole, and how often each was updated."""
-        return {"slow": self.whole(), "updates": dict(self.updates)}
+        return {"slow": self.whole(copy=False), "updates": dict(self.updates)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take :meth:`state_dict` back, for any number of ranks."""

@@ -168,7 +168,11 @@ def is_sharded(module: nn.Module) -> bool:
 
 
 def gather(
-    module: nn.Module, tensors: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter], everywhere: bool = False
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    parameters: Mapping[str, nn.Parameter],
+    everywhere: bool = False,
+    copy: bool = True,
 ) -> dict[str, Tensor]:
     """The whole tensors on the CPU, from every rank's shards, in the tensors' own dtype.
 
@@ -181,6 +185,7 @@ def gather(
         parameters: the parameters whose layout the shards have.
         everywhere: every rank keeps the result. Otherwise sharded tensors are kept on global rank 0 alone, and the
             other ranks return without them.
+        copy: False gives a tensor that is not sharded as it is, for a checkpoint that is about to be written.
     """
     flat = _flat_layouts(module)
     keep = everywhere or not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0
@@ -192,7 +197,7 @@ def gather(
 
             layout: Any = parameter
             full = DTensor.from_local(
-                shard,
+                shard.to(local(parameter).device),
                 layout.device_mesh,
                 layout.placements,
                 run_check=False,
@@ -200,9 +205,9 @@ def gather(
                 stride=parameter.stride(),
             ).full_tensor()
         elif id(parameter) in flat:
-            full = flat[id(parameter)].whole(shard)
+            full = flat[id(parameter)].whole(shard.to(local(parameter).device))
         else:
-            whole[name] = shard.detach().to("cpu", copy=True)
+            whole[name] = shard.detach().to("cpu", copy=True) if copy else shard.detach()
             continue
         if keep:
             whole[name] = full.detach().to("cpu", copy=True)

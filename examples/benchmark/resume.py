@@ -96,10 +96,12 @@ class Steps(pl.Callback):
         self.seconds: list[float] = []
         self.saves: list[float] = []
         self.first_step_at: float | None = None
+        self.passed: dict[str, float] = {}
         self._kill_at = kill_at
         self._last: float | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._pass("setup")
         save = trainer.save_checkpoint
         if getattr(save, "timed", False):
             return
@@ -113,7 +115,22 @@ class Steps(pl.Callback):
         timed.timed = True  # type: ignore[attr-defined]
         trainer.save_checkpoint = timed  # type: ignore[method-assign]
 
+    def on_fit_start(self, *args: Any) -> None:
+        self._pass("sharding_and_checkpoint")
+
+    def on_train_start(self, *args: Any) -> None:
+        self._pass("task_start")
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        self._pass("first_batch")
+
+    def _pass(self, name: str) -> None:
+        if name not in self.passed:
+            sync()
+            self.passed[name] = time.time()
+
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        self._pass("first_step")
         sync()
         now = time.perf_counter()
         if self.first_step_at is None:
@@ -265,7 +282,9 @@ def resume(args: argparse.Namespace) -> None:
         with contextlib.suppress(Done):
             run(module, folder, args, "background", steps, ckpt_path="last")
     assert steps.first_step_at is not None
-    seconds["fit_until_first_step"] = steps.first_step_at - begun
+    for name, end in steps.passed.items():
+        seconds[f"fit_{name}"] = end - begun
+        begun = end
     seconds["total"] = steps.first_step_at - args.resume
     figures = json.loads((args.folder / "figures.json").read_text())
     figures["resume_seconds"] = seconds

@@ -102,14 +102,13 @@ class WeightAnchor:
             yield
 
     def state_dict(self, module: nn.Module | None) -> dict[str, Tensor] | None:
-        """The copies as whole CPU tensors (on rank 0, if sharded), None if nothing was taken. Collective."""
+        """The copies as whole tensors (on rank 0 alone, if sharded), None if nothing was taken. Collective."""
         if self._shards is None or module is None:
             return self._whole
         if not self._parameters:
             return {}
         weights.reshard(module)
-        shards = {n: t.to(weights.local(self._parameters[n]).device) for n, t in self._shards.items()}
-        return weights.gather(module, shards, self._parameters)
+        return weights.gather(module, self._shards, self._parameters, copy=False)
 
     def load_state_dict(self, state: Mapping[str, Tensor] | None) -> None:
         """Hold what a checkpoint held; becomes shards at the next use."""

@@ -20,8 +20,8 @@ class BackgroundCheckpointIO(AtomicCheckpointIO):
     Files and guarantees are those of :class:`AtomicCheckpointIO`. What is removed waits its turn behind what is written:
     a kill at any moment leaves the new checkpoint or the one that it replaces. (Lightning's ``AsyncCheckpointIO``
     removes at once, and a kill while the first file is being written leaves none.) One file at a time: a save waits for
-    the one before, so host memory holds at most one copy of a checkpoint. The end of a fit waits for all of them, and a
-    write that failed is raised by the next save or that end.
+    the one before, so host memory holds one copy of a checkpoint, which the next one overwrites. The end of a fit waits
+    for all of them, and a write that failed is raised by the next save or that end.
 
     Example:
         >>> import tempfile
@@ -45,6 +45,7 @@ class BackgroundCheckpointIO(AtomicCheckpointIO):
     def __init__(self) -> None:
         self._thread: ThreadPoolExecutor | None = None
         self._pending: list[Future[None]] = []
+        self._memory = _HostMemory()
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
@@ -55,7 +56,7 @@ class BackgroundCheckpointIO(AtomicCheckpointIO):
             OSError: if the disk was full or read-only in the write before.
         """
         self.wait()
-        self._submit(self._write, _copied(self._checked(checkpoint, path, storage_options)), path)
+        self._submit(self._write, self._memory.copy(self._checked(checkpoint, path, storage_options)), path)
 
     @override
     def load_checkpoint(
@@ -76,6 +77,7 @@ class BackgroundCheckpointIO(AtomicCheckpointIO):
         try:
             self.wait()
         finally:
+            self._memory = _HostMemory()
             if self._thread is not None:
                 self._thread.shutdown()
                 self._thread = None
@@ -102,20 +104,43 @@ class BackgroundCheckpointIO(AtomicCheckpointIO):
         self._pending.append(self._thread.submit(run))
 
 
-def _copied(value: Any) -> Any:
-    """The value with all tensors copied to the CPU, each once, so that training cannot change them any more."""
-    copies: dict[int, Tensor] = {}
+class _HostMemory:
+    """Copies of a checkpoint's tensors, which training cannot change any more, in the memory of the copies before.
 
-    def copy(part: Any) -> Any:
-        if isinstance(part, Tensor):
-            if id(part) not in copies:
-                copies[id(part)] = part.detach().to("cpu", copy=True)
-            return copies[id(part)]
-        if isinstance(part, dict):
-            return type(part)((key, copy(entry)) for key, entry in part.items())
-        if type(part) in (list, tuple):
-            return type(part)(copy(entry) for entry in part)
-        return part
+    In fresh memory the copy would cost several times as much, since the system clears each page at its first touch. A
+    GPU's tensors go to pinned memory, as a transfer at full speed must.
+    """
 
-    with torch.no_grad():
-        return copy(value)
+    def __init__(self) -> None:
+        self._kept: dict[Any, list[Tensor]] = {}
+
+    def copy(self, value: Any) -> Any:
+        """The value with every tensor copied, each once; what the copies before held is gone."""
+        free, self._kept = self._kept, {}
+        copies: dict[int, Tensor] = {}
+
+        def put(tensor: Tensor) -> Tensor:
+            if tensor.layout is not torch.strided:
+                return tensor.detach().to("cpu", copy=True)
+            kind = tensor.dtype, tensor.shape, tensor.stride(), tensor.is_cuda
+            fitting = free.get(kind)
+            buffer = fitting.pop() if fitting else torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+            self._kept.setdefault(kind, []).append(buffer)
+            return buffer.copy_(tensor, non_blocking=True)
+
+        def copy(part: Any) -> Any:
+            if isinstance(part, Tensor):
+                if id(part) not in copies:
+                    copies[id(part)] = put(part)
+                return copies[id(part)]
+            if isinstance(part, dict):
+                return type(part)((key, copy(entry)) for key, entry in part.items())
+            if type(part) in (list, tuple):
+                return type(part)(copy(entry) for entry in part)
+            return part
+
+        with torch.inference_mode(False), torch.no_grad():
+            copied = copy(value)
+        if torch.cuda.is_initialized():
+            torch.cuda.current_stream().synchronize()
+        return copied

@@ -11,6 +11,7 @@ import shutil
 import struct
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from enum import Enum
 from pathlib import Path, PurePath
@@ -26,6 +27,8 @@ _END_OF_ARCHIVE = b"PK\x05\x06"
 _NUMPY = "__lightning_cl_numpy__"
 _BYTES = "__lightning_cl_bytes__"
 _BLOCK = 1 << 22
+_END = 22  # bytes of a zip archive's end record without its comment
+_AHEAD = 1 << 25
 
 
 class DamagedCheckpointError(RuntimeError):
@@ -70,9 +73,11 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], o
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "w+b") as file:
-            write(file)
             if checksum:
-                _append_checksum(file, target)
+                with _Summed(file, target) as summed:
+                    write(summed)  # type: ignore[arg-type]
+            else:
+                write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
@@ -319,18 +324,68 @@ def _first_unreadable(value: Any, where: str) -> tuple[str, str]:
     return where, value.kind if isinstance(value, _Opaque) else type(value).__name__
 
 
-def _append_checksum(file: BinaryIO, path: Path) -> None:
-    size = file.seek(0, os.SEEK_END)
-    file.seek(max(0, size - 22))
-    if file.read(4) != _END_OF_ARCHIVE:
-        raise RuntimeError(f"{path}: torch wrote a file with an end that is not a zip archive's")
-    file.seek(size - 2)
-    # The length of the comment comes first, since it belongs to what is summed.
-    file.write(struct.pack("<H", _TRAILER))
-    file.seek(0)
-    digest = _digest(file, size)
-    file.seek(size)
-    file.write(_MAGIC + digest.encode())
+class _Summed:
+    """A zip archive on its way into a file, with its sha256 put into its comment at the end.
+
+    One thread sums, another brings to the disk what is written already, so that neither comes on top of the writing.
+    """
+
+    def __init__(self, file: BinaryIO, path: Path) -> None:
+        self._file, self._path = file, path
+        self._size = self._handed = self._summed = 0
+        self._digest = hashlib.sha256()
+        self._summing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checksum")
+        self._syncing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fsync")
+        self._parts: list[Future[None]] = []
+
+    def __enter__(self) -> _Summed:
+        return self
+
+    def write(self, data: Any) -> int:
+        """Append; only that, since what was summed must not change."""
+        self._size += (written := self._file.write(data))
+        # The end may still get its comment.
+        if self._size - _END - self._handed >= _AHEAD:
+            self._hand_over(self._size - _END)
+        return written
+
+    def flush(self) -> None:
+        """Part of what makes a file."""
+        self._file.flush()
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            for thread in (self._summing, self._syncing):
+                thread.shutdown(cancel_futures=True)
+
+    def _finish(self) -> None:
+        file, size = self._file, self._size
+        file.seek(max(0, size - _END))
+        if file.read(4) != _END_OF_ARCHIVE:
+            raise RuntimeError(f"{self._path}: torch wrote a file with an end that is not a zip archive's")
+        # The length of the comment comes first, since it belongs to what is summed.
+        file.seek(size - 2)
+        file.write(struct.pack("<H", _TRAILER))
+        self._hand_over(size)
+        for part in self._parts:
+            part.result()
+        file.seek(size)
+        file.write(_MAGIC + self._digest.hexdigest().encode())
+
+    def _hand_over(self, end: int) -> None:
+        self._file.flush()
+        self._handed = end
+        self._parts.append(self._summing.submit(self._sum, end))
+        self._parts.append(self._syncing.submit(os.fsync, self._file.fileno()))
+
+    def _sum(self, end: int) -> None:
+        while self._summed < end:
+            block = os.pread(self._file.fileno(), min(_BLOCK, end - self._summed), self._summed)
+            self._digest.update(block)
+            self._summed += len(block)
 
 
 def _digest(file: BinaryIO, size: int) -> str:

@@ -43,6 +43,29 @@ def test_what_cannot_be_read_back_is_refused_at_once(tmp_path: Path) -> None:
         io.save_checkpoint({}, tmp_path / "a.ckpt", storage_options={"a": 1})
 
 
+def test_what_is_written_is_the_moment_of_the_save_in_memory_that_is_used_again(tmp_path: Path) -> None:
+    io = BackgroundCheckpointIO()
+    weight, other = torch.zeros(3, 5), torch.arange(4).expand(2, 4)
+    sparse = torch.eye(3).to_sparse()
+    used = set()
+    for step in range(3):
+        io.save_checkpoint(
+            {"w": weight, "same": weight, "t": weight.T, "o": other, "s": sparse}, tmp_path / f"{step}.ckpt"
+        )
+        weight += 1
+        used |= {tensor.data_ptr() for kind in io._memory._kept.values() for tensor in kind}
+    assert len(used) == 3  # of `w`, its transposed and `o`
+    for step in range(3):
+        found = io.load_checkpoint(tmp_path / f"{step}.ckpt")
+        assert torch.equal(found["w"], torch.full((3, 5), float(step)))
+        assert torch.equal(found["same"], found["w"])
+        assert torch.equal(found["t"], found["w"].T)
+        assert torch.equal(found["o"], other)
+        assert torch.equal(found["s"].to_dense(), torch.eye(3))
+    io.teardown()
+    assert not io._memory._kept
+
+
 class _KillAt(ModelCheckpoint):
     """Keeps the last checkpoint only, and ends the run at a step."""
 

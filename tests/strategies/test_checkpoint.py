@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 import shutil
@@ -241,6 +242,18 @@ def test_a_file_takes_the_place_of_a_folder_only_when_it_is_written(tmp_path: Pa
     AtomicCheckpointIO().save_checkpoint({"x": 1}, old)
     assert files.load_file(old) == {"x": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["a.ckpt"]
+
+
+@pytest.mark.parametrize("ahead", [1, 1000, 1 << 25])
+def test_the_sum_taken_while_writing_is_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ahead: int) -> None:
+    monkeypatch.setattr(files, "_AHEAD", ahead)
+    value = {f"p{i}": torch.full((5000,), float(i)) for i in range(20)}
+    files.save_file(value, tmp_path / "a.ckpt")
+    content = (tmp_path / "a.ckpt").read_bytes()
+    body, _, written = content.rpartition(b"lightning-cl sha256:")
+    assert hashlib.sha256(body).hexdigest().encode() == written
+    found = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    assert all(torch.equal(found[name], value[name]) for name in value)
 
 
 def test_a_device_that_is_really_full(tmp_path: Path) -> None:
