@@ -267,7 +267,7 @@ def run_width(size: Size, seed: int, device: str, widths: tuple[int, ...]) -> li
     """Forgetting over model width."""
     rows = []
     for width in widths:
-        wide = Size(**{**vars(size), "width": width})
+        wide = Size(**{**vars(size), "width": int(width)})
         start = _pretrained(wide, size.steps, seed, device).state_dict()
         for with_replay in (False, True):
             forgetting, seconds, model = _tuned(wide, start, with_replay, seed, device, [])
@@ -308,6 +308,12 @@ def run_rate(size: Size, seed: int, device: str, rates: tuple[float, ...]) -> li
     return rows
 
 
+# How a study runs, its points, and those of a check of the script.
+_STUDIES: dict[str, tuple[Any, tuple[float, ...], tuple[float, ...]]] = {
+    "width": (run_width, (16, 32, 64, 128, 256), (16, 32)),
+    "tokens": (run_tokens, (0.1, 0.3, 1.0, 3.0), (0.1, 1.0)),
+    "rate": (run_rate, (2e-4, 5e-4, 1e-3, 2e-3, 4e-3), (1e-3, 4e-3)),
+}
 _AXES = {
     "width": "parameters",
     "tokens": "pre-training tokens a parameter",
@@ -364,6 +370,7 @@ def main(arguments: list[str] | None = None) -> Any:
     parser.add_argument("--steps", type=int, default=None, help="steps a task")
     parser.add_argument("--digits", type=int, default=None, help="digits of a number (default: 1)")
     parser.add_argument("--method", choices=METHODS, default=None, help="only this one of the sequence (default: all)")
+    parser.add_argument("--points", type=float, nargs="+", help="only these points of the study's axis (a part of it)")
     parser.add_argument("--device", default="auto", help="Lightning's accelerator")
     parser.add_argument("--tiny", action="store_true", help="seconds on a CPU, to check the script")
     options = parser.parse_args(arguments)
@@ -376,12 +383,9 @@ def main(arguments: list[str] | None = None) -> Any:
     result: Any
     if options.study == "sequence":
         result = run_sequence(*common, methods=METHODS if options.method is None else (options.method,))
-    elif options.study == "width":
-        result = run_width(*common, (16, 32) if options.tiny else (16, 32, 64, 128, 256))
-    elif options.study == "tokens":
-        result = run_tokens(*common, (0.1, 1.0) if options.tiny else (0.1, 0.3, 1.0, 3.0))
     else:
-        result = run_rate(*common, (1e-3, 4e-3) if options.tiny else (2e-4, 5e-4, 1e-3, 2e-3, 4e-3))
+        run, default, tiny = _STUDIES[options.study]
+        result = run(*common, tuple(options.points or (tiny if options.tiny else default)))
     if options.out is not None:
         options.out.write_text(json.dumps({"study": options.study, "size": vars(size), "result": result}, indent=1))
         picture = options.out.with_suffix(".png")

@@ -232,7 +232,7 @@ def one_fit(module: Plain, data: DataLoader, steps: int, callbacks: list[Any]) -
         return seconds_of(lambda: trainer.fit(module, data))
 
 
-def cost(shape: str, steps: int, length: int, pool: int, repeats: int) -> dict[str, Any]:
+def cost(shape: str, steps: int, length: int, pool: int, repeats: int, replayed: list[int]) -> dict[str, Any]:
     """The method's whole wall time over plain fine-tuning's."""
     vocabulary = SHAPES[shape]["vocab_size"]
     ids = torch.randint(0, vocabulary, (64, length), generator=torch.Generator().manual_seed(0))
@@ -246,15 +246,16 @@ def cost(shape: str, steps: int, length: int, pool: int, repeats: int) -> dict[s
         return one_fit(module, data, count, callbacks), source.seconds
 
     one_fit(module, data, 3, [])
-    method(8, 3, 16, 0)
-    runs: dict[str, list[Any]] = {"plain": [], "32+8": [], "32+4": []}
+    method(replayed[0], 3, 16, 0)
+    names = {f"32+{count}": count for count in replayed}
+    runs: dict[str, list[Any]] = {name: [] for name in ("plain", *names)}
     for repeat in range(repeats):  # interleaved, so that a clock that drifts touches all alike
         runs["plain"].append(one_fit(module, data, steps, []))
-        runs["32+8"].append(method(8, steps, pool, repeat + 1))
-        runs["32+4"].append(method(4, steps, pool, repeat + 1))
+        for name, count in names.items():
+            runs[name].append(method(count, steps, pool, repeat + 1))
     plain = statistics.median(runs["plain"])
     result: dict[str, Any] = {"steps": steps, "length": length, "pool_size": pool, "runs": runs}
-    for name in ("32+8", "32+4"):
+    for name in names:
         whole = statistics.median(seconds for seconds, _ in runs[name])
         made = statistics.median(seconds for _, seconds in runs[name])
         result[name] = {"ratio": whole / plain, "without_generation": (whole - made) / plain}
@@ -396,6 +397,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--steps", type=int, default=60, help="optimizer steps of a fit (default: %(default)s)")
     parser.add_argument("--length", type=int, default=256, help="tokens a row (default: %(default)s)")
     parser.add_argument("--pool", type=int, default=256, help="rows of the pool (default: %(default)s)")
+    parser.add_argument("--replay-rows", type=int, nargs="+", default=[8, 4], help="beside 32 (default: 8 4)")
     parser.add_argument("--repeats", type=int, default=2, help="pairs of fits (default: %(default)s)")
     parser.add_argument("--tiny", action="store_true", help="seconds on a CPU, to check the script")
     parser.add_argument("--out", type=Path, default=None, help="JSON file to write")
@@ -419,7 +421,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     def costs() -> Any:
         size = (3, 24, 16, 1) if options.tiny else (options.steps, options.length, options.pool, options.repeats)
         for shape in shapes:
-            yield shape, cost(shape, *size)
+            yield shape, cost(shape, *size, options.replay_rows)
 
     def losses() -> Any:
         yield from distillation(*((2, 16, 128, 16) if options.tiny else (8, 512, 128256, 2048)))

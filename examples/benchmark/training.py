@@ -177,10 +177,12 @@ def run(
     return watch
 
 
-def rounds(variants: Mapping[str, Callable[[], Stopwatch]], count: int) -> dict[str, list[Stopwatch]]:
-    """Run the variants in turn, in alternating order; one more round comes first and only warms up."""
+def rounds(
+    variants: Mapping[str, Callable[[], Stopwatch]], count: int, warm_up: bool = True
+) -> dict[str, list[Stopwatch]]:
+    """Run the variants in turn, in alternating order; with ``warm_up`` one more round comes first and does not count."""
     watches: dict[str, list[Stopwatch]] = {name: [] for name in variants}
-    for index in range(count + 1):
+    for index in range(0 if warm_up else 1, count + 1):
         for name in list(variants)[:: 1 if index % 2 else -1]:
             watch = variants[name]()
             if index:
