@@ -71,6 +71,7 @@ def start(
     ckpt_path: str = "None",
     path_of_rank_1: str = "",
     accelerator: str = "cpu",
+    slurm: Path | None = None,
 ) -> list[subprocess.Popen]:
     folder.mkdir(exist_ok=True)
     port = _free_port()
@@ -79,6 +80,10 @@ def start(
         env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "NODE_RANK": "0"}
         env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}
         env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{path_of_rank_1 if rank else ''}{os.pathsep}{ROOT}"}
+        if slurm is not None:
+            env |= {"PATH": f"{slurm}:{os.environ['PATH']}", "SLURM_JOB_NAME": "stream", "SLURM_JOB_ID": "77"}
+            env |= {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NODELIST": "localhost"}
+            env |= {"SLURM_NODEID": "0", "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}
         command = [sys.executable, "-c", SCRIPT, str(folder), mode, strategy, ckpt_path, accelerator]
         with open(folder / f"log{rank}", "a") as log:
             processes.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT))
@@ -145,26 +150,63 @@ def dies(folder: Path, mode: str, strategy: str, accelerator: str, message: str)
     assert re.search(message, log), log[-3000:]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "cl_fsdp"])
-def test_sigterm_on_two_processes_ends_in_one_checkpoint_and_status_0(strategy: str, tmp_path: Path) -> None:
-    assert codes(start(tmp_path / "whole", "fast", strategy)) == [0, 0]
-    folder = tmp_path / "broken"
-    processes = start(folder, "slow", strategy)
+@pytest.fixture(scope="module", params=["ddp", "cl_fsdp"])
+def unbroken(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """A strategy, and the folder of a run that nothing has disturbed."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    assert codes(start(folder, "fast", request.param)) == [0, 0]
+    return request.param, folder
+
+
+def signalled(folder: Path, strategy: str, signum: int, slurm: Path | None = None) -> list[subprocess.Popen]:
+    """Two processes to which a scheduler has sent a signal, one after the other, in different places of their steps."""
+    processes = start(folder, "slow", strategy, slurm=slurm)
     step = folder / "step0"
     while processes[0].poll() is None and not (step.is_file() and step.read_text() in ("3", "4", "5")):
         time.sleep(0.01)
-    # A scheduler reaches them one after the other, in different places of their steps.
-    processes[1].send_signal(signal.SIGTERM)
+    processes[1].send_signal(signum)
     time.sleep(0.15)
-    processes[0].send_signal(signal.SIGTERM)
-    assert codes(processes) == [0, 0], (folder / "log0").read_text()[-3000:]
-    written = folder / "task_0_t0" / files.INTERRUPTED
-    assert files.damage(written) is None
-    assert codes(start(folder, "fast", strategy, "last")) == [0, 0], (folder / "log0").read_text()[-3000:]
-    for rank in range(2):
-        ends = [torch.load(tmp_path / name / f"end{rank}.pt", weights_only=True) for name in ("whole", "broken")]
-        assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    processes[0].send_signal(signum)
+    return processes
+
+
+def equal_ends(whole: Path, broken: Path) -> bool:
+    pairs = [[torch.load(f / f"end{rank}.pt", weights_only=True) for f in (whole, broken)] for rank in range(2)]
+    return all(torch.equal(one[name], other[name]) for one, other in pairs for name in one)
+
+
+@pytest.mark.slow
+def test_sigterm_on_two_processes_ends_in_one_checkpoint_and_status_0(
+    unbroken: tuple[str, Path], tmp_path: Path
+) -> None:
+    strategy, whole = unbroken
+    assert codes(signalled(tmp_path, strategy, signal.SIGTERM)) == [0, 0], (tmp_path / "log0").read_text()[-3000:]
+    assert files.damage(tmp_path / "task_0_t0" / files.INTERRUPTED) is None
+    assert codes(start(tmp_path, "fast", strategy, "last")) == [0, 0], (tmp_path / "log0").read_text()[-3000:]
+    assert equal_ends(whole, tmp_path)
+
+
+@pytest.mark.slow
+def test_slurm_requeues_two_processes_after_one_checkpoint(unbroken: tuple[str, Path], tmp_path: Path) -> None:
+    strategy, whole = unbroken
+    slurm = tmp_path / "bin"
+    slurm.mkdir()
+    (slurm / "scontrol").write_text("#!/bin/sh\necho $@ >> $(dirname $0)/asked\n")
+    (slurm / "scontrol").chmod(0o755)
+    folder = tmp_path / "run"
+    processes = signalled(folder, strategy, signal.SIGUSR1, slurm)
+    end = time.monotonic() + 60
+    while not (slurm / "asked").is_file() and time.monotonic() < end:
+        time.sleep(0.05)
+    for process in processes:  # what SLURM does next
+        process.kill()
+    codes(processes)
+    assert (slurm / "asked").read_text().split() == ["requeue", "77"], (folder / "log0").read_text()[-3000:]
+    assert files.damage(folder / "hpc_ckpt_1.ckpt") is None
+    # The job script calls it as before: without a checkpoint.
+    assert codes(start(folder, "fast", strategy, slurm=slurm)) == [0, 0], (folder / "log0").read_text()[-3000:]
+    assert "hpc_ckpt_1.ckpt" in (folder / "log0").read_text()
+    assert equal_ends(whole, folder)
 
 
 def test_other_versions_on_a_rank_are_shown(tmp_path: Path) -> None:
