@@ -39,7 +39,8 @@ def replay_rows(batch: Any) -> Tensor:
     """Which rows of a training batch are replay rows: bool ``[rows]``, True at replay rows.
 
     Call it in ``training_step``, on the batch that it was given. Everywhere else, and without a
-    :class:`~lightning_cl.callbacks.ReplayMixer`, no row is one. For a packed batch, the rows are its segments.
+    :class:`~lightning_cl.callbacks.ReplayMixer`, no row is one. For a packed batch, the rows are its segments. Where the
+    replay rows have a pass of their own (``layout="separate"``), all rows of its batch are.
 
     Args:
         batch: the argument of ``training_step``.
@@ -55,7 +56,11 @@ def replay_rows(batch: Any) -> Tensor:
 
     mask = torch.zeros(layout_of(batch).rows, dtype=torch.bool)
     step = _running.step if _running is not None else None
-    if step is not None and step.batch is batch and step.replay.layout == "joined" and step.replay.count:
+    if step is None or not step.replay.count:
+        return mask
+    if batch is step.replay_batch:
+        return ~mask
+    if batch is step.batch and step.replay.layout == "joined":
         mask[-step.replay.count :] = True
     return mask
 

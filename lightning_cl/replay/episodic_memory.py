@@ -42,7 +42,7 @@ class EpisodicMemory(ReplaySource):
         seed: chooses the rows and the order in which they are replayed.
 
     Raises:
-        ValueError: for a capacity below 1 or an unknown policy.
+        ValueError: for a capacity below 1, or an unknown policy or device.
 
     Example:
         >>> memory = EpisodicMemory(capacity=2)
@@ -67,6 +67,8 @@ class EpisodicMemory(ReplaySource):
             )
         if policy not in ("reservoir", "ring", "task_balanced"):
             raise ValueError(f'`EpisodicMemory(policy={policy!r})`: use "reservoir", "ring" or "task_balanced".')
+        if device not in ("cpu", "model"):
+            raise ValueError(f'`EpisodicMemory(device={device!r})`: use "cpu", or "model" for the device of the model.')
         self.capacity = capacity
         self.policy = policy
         self.replay_current_task = replay_current_task
@@ -93,10 +95,11 @@ class EpisodicMemory(ReplaySource):
         return True
 
     def start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, attachment: Attachment) -> None:
-        """Remember which device the rows belong to."""
+        """Bring the rows to the device that they belong to."""
         self._trainer = trainer
         if self.device == "model":
             self._place = pl_module.device
+            self._place_rows()
 
     @property
     def observes(self) -> bool:

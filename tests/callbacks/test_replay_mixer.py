@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
+from lightning_cl import replay_rows
 from lightning_cl.callbacks import ReplayMixer
 from lightning_cl.replay import EpisodicMemory, GeneralSamples, ReplaySource, Row
 from lightning_cl.replay.rows import layout_of
@@ -130,18 +131,47 @@ def test_auto_layout_takes_the_cheaper_one(tmp_path: Any) -> None:
         assert trainer.callback_metrics["cl/replay_separate"] == separate
 
 
+def _pack(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    ids = torch.cat([row["input_ids"] for row in rows])[None]
+    labels = ids.clone()
+    lengths = [len(row["input_ids"]) for row in rows]
+    labels[0, torch.tensor([0, *lengths[:-1]]).cumsum(0)] = -100
+    return {"input_ids": ids, "labels": labels, "position_ids": torch.cat([torch.arange(n) for n in lengths])[None]}
+
+
+@pytest.mark.parametrize(
+    ("layout", "collate", "seen"),
+    [
+        ("joined", models.collate, [[0, 0, 0, 0, 1, 1]]),
+        ("joined", _pack, [[0, 0, 0, 0, 1, 1]]),
+        ("separate", models.collate, [[0, 0, 0, 0], [1, 1]]),
+    ],
+)
+def test_a_module_can_ask_which_rows_are_replay(
+    tmp_path: Any, layout: str, collate: Any, seen: list[list[int]]
+) -> None:
+    masks: dict[str, list[list[int]]] = {"train": [], "val": []}
+
+    class Asks(models.PlainLM):
+        def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+            masks["train"].append(replay_rows(batch).int().tolist())
+            assert not replay_rows({"input_ids": torch.zeros(3, 5, dtype=torch.long)}).any(), "another batch"
+            return super().training_step(batch, batch_idx)
+
+        def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+            masks["val"].append(replay_rows(batch).int().tolist())
+
+    source = GeneralSamples(models.TokenRows(6, seed=9, ragged=True), num_samples=6)
+    rows = torch.utils.data.DataLoader(models.TokenRows(4, ragged=True), 4, collate_fn=collate)
+    trainer = models.trainer(tmp_path, callbacks=[ReplayMixer(source, rows_per_batch=2, layout=layout)], max_steps=1)
+    trainer.fit(Asks(models.tiny_llama(use_cache=False)), rows, rows)
+    assert masks == {"train": seen, "val": [[0, 0, 0, 0]]}
+
+
 def test_packed_batches_equal_padded_ones(tmp_path: Any) -> None:
     """A packed batch with replay segments gives the gradients of the padded batch with the same replay rows."""
-
-    def pack(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        ids = torch.cat([row["input_ids"] for row in rows])[None]
-        labels = ids.clone()
-        lengths = [len(row["input_ids"]) for row in rows]
-        labels[0, torch.tensor([0, *lengths[:-1]]).cumsum(0)] = -100
-        return {"input_ids": ids, "labels": labels, "position_ids": torch.cat([torch.arange(n) for n in lengths])[None]}
-
     results = []
-    for collate in (models.collate, pack):
+    for collate in (models.collate, _pack):
         module = models.PlainLM(models.lora(models.tiny_llama(use_cache=False)))
         probe = Probe(reference=True, term=lambda step: _masked_square(step))
         data = torch.utils.data.DataLoader(models.TokenRows(8, ragged=True), 4, collate_fn=collate)

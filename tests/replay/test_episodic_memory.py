@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -107,6 +108,18 @@ def test_state_is_plain(tmp_path: object) -> None:
     assert _numbers(again) == [0, 1, 2]
 
 
+def test_rows_are_kept_where_the_model_is_if_asked() -> None:
+    """Those of the memory that was loaded before the model had a device, too; what is being seen stays on the CPU."""
+    memory = EpisodicMemory(4, device="model")
+    memory.load_state_dict(_remember(EpisodicMemory(4), [[0]]).state_dict())
+    memory.start(None, SimpleNamespace(device=torch.device("meta")), None)  # type: ignore[arg-type]
+    assert memory.draw(1, 0, 1)[0].content["x"].device.type == "meta"
+    memory.observe([_row(1, "1")])
+    assert memory._candidates[0][2].content["x"].device.type == "cpu"
+    memory.end_task(None, None, 1)
+    assert {row.content["x"].device.type for row in memory.draw(2, 0, 1)} == {"meta"}
+
+
 def test_drawing_does_not_depend_on_the_size() -> None:
     """8 rows of 200,000 cost at most three times 8 rows of 200 (the README's table has the absolute figure)."""
     seconds = {}
@@ -135,3 +148,8 @@ def test_capacity_out_of_range(capacity: int) -> None:
 def test_unknown_policy() -> None:
     with pytest.raises(ValueError, match=r"`EpisodicMemory\(policy='fifo'\)`: use \"reservoir\", \"ring\""):
         EpisodicMemory(3, policy="fifo")  # type: ignore[arg-type]
+
+
+def test_unknown_device() -> None:
+    with pytest.raises(ValueError, match=r"`EpisodicMemory\(device='cuda'\)`: use \"cpu\", or \"model\""):
+        EpisodicMemory(3, device="cuda")  # type: ignore[arg-type]
