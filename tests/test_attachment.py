@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_cl import replay_rows
 from lightning_cl.anatomy import find_final_norm
+from lightning_cl.attachment import Attachment
 from lightning_cl.callbacks import ContinualCallback, ReplayMixer
 from lightning_cl.replay import GeneralSamples
 from lightning_cl.weights import adapters_disabled
@@ -170,6 +171,31 @@ def test_reference_pass_gets_a_mask_only_where_something_is_masked(tmp_path: Any
     assert masks
     assert all((mask is None) != ragged for mask in masks)
     assert all(mask is not None for with_gradient, mask in seen if with_gradient)
+
+
+@pytest.mark.gpu
+def test_reference_pass_without_padding_never_waits_for_the_gpu(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host launches it while the device is still at work on the step before."""
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # Lightning sets it
+    passes = 0
+    original = Attachment._run_references
+
+    def strict(self: Any, *args: Any) -> None:
+        nonlocal passes
+        if self._in_reference:  # the pass's own call of the network
+            return original(self, *args)
+        passes += 1
+        torch.cuda.set_sync_debug_mode("error" if passes > 1 else "default")
+        try:
+            return original(self, *args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(Attachment, "_run_references", strict)
+    module = models.PlainLM(models.lora(models.tiny_llama()))
+    mixer = ReplayMixer(_general(), rows_per_batch=2, layout="joined")
+    _fit(tmp_path, module, [mixer, Probe(reference=True)], accelerator="gpu", max_steps=3)
+    assert passes == 3
 
 
 def test_detaching_restores_the_module_exactly(tmp_path: Any) -> None:
