@@ -28,17 +28,17 @@ def _run(code: str, cwd: Path, path: Path) -> str:
 
 def test_importing_costs_next_to_nothing(tmp_path: Path) -> None:
     """No transformers, peft or bitsandbytes beyond what `import lightning.pytorch` loads, and at most 0.2 s."""
+    # Processor time: other processes on the machine take none of it.
     code = (
-        "import sys, time, lightning.pytorch; before = set(sys.modules); start = time.perf_counter();"
-        "import lightning_cl; seconds = time.perf_counter() - start;"
+        "import sys, time, lightning.pytorch; before = set(sys.modules); start = time.process_time();"
+        "import lightning_cl; seconds = time.process_time() - start;"
         "new = set(sys.modules) - before;"
         "heavy = {m.split('.')[0] for m in new} & {'transformers', 'peft', 'bitsandbytes', 'datasets', 'matplotlib'};"
         "print(sorted(heavy), seconds)"
     )
-    # The best of three: another process on the machine may take the processor once.
-    outputs = [_run(code, tmp_path, ROOT).split("]") for _ in range(3)]
-    assert all(heavy == "[" for heavy, _ in outputs)
-    assert min(float(seconds) for _, seconds in outputs) < 0.2
+    heavy, seconds = _run(code, tmp_path, ROOT).split("]")
+    assert heavy == "["
+    assert float(seconds) < 0.2
 
 
 @pytest.fixture(scope="module")
