@@ -216,8 +216,8 @@ def command_run(arguments: argparse.Namespace, config: dict[str, Any]) -> int:
 
 
 def command_cost(arguments: argparse.Namespace, config: dict[str, Any]) -> int:
-    """Each method alone, for some steps of two tasks, with few rows to evaluate."""
-    config = {**config, "recipe": {**config["recipe"], "test_rows": 8}, "probes": {}}
+    """Each method alone, for some steps of two tasks, with few rows to evaluate, and all without compiled blocks."""
+    config = {**config, "recipe": {**config["recipe"], "test_rows": 8, "compile": False}, "probes": {}}
     jobs = [
         replace(job, out=arguments.out / "cost", max_steps=arguments.steps) for job in _jobs(arguments, config, tasks=2)
     ]

@@ -3,13 +3,11 @@
 
     python examples/benchmark/router.py --out router.json                      # one GPU, without a real model
     python examples/benchmark/router.py --parts routing --model FOLDER --data FOLDER --out routing.json
-    python examples/benchmark/router.py --parts routed --model FOLDER --data FOLDER --out routed.json
-    python examples/benchmark/router.py --parts sequential --model FOLDER --data FOLDER --out sequential.json
-    python examples/benchmark/router.py --join routing.json routed.json sequential.json --out tasks.json
+    python examples/benchmark/router.py --streams runs/compare                 # what compare.py's streams scored
     python examples/benchmark/router.py --tiny --out tiny.json                 # end to end on a CPU, in seconds
 
-``--data`` is a folder of ``NAME.train.jsonl.gz`` and ``NAME.test.jsonl.gz`` (rows of prompt, answer and options). The parts
-on real tasks are in ``router_tasks.py``; each of them can run in a process of its own, on the same GPU.
+``--data`` is a folder of ``NAME.train.jsonl.gz`` and ``NAME.test.jsonl.gz`` (rows of prompt, answer and options). Real tasks
+are the matter of ``router_tasks.py``.
 """
 
 from __future__ import annotations
@@ -39,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import router_tasks
 
 SYNTHETIC = ["overhead", "many_tasks", "fit", "numerics", "recursion"]
-REAL = ["routing", "routed", "sequential"]
+REAL = ["routing"]
 #: Layers, hidden size, vocabulary: an 8B shape, and one whose passes a GPU runs faster than Python can launch them.
 SHAPES = {"8b": (32, 4096, 32_000), "small": (30, 576, 49_152), "tiny": (3, 64, 128)}
 Result = dict[str, Any]
@@ -333,42 +331,40 @@ def provenance() -> Result:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="where to write the JSON")
+    parser.add_argument("--out", type=Path, help="where to write the JSON")
     parser.add_argument("--tiny", action="store_true", help="small sizes and a random model, on any machine")
     parser.add_argument("--parts", nargs="+", choices=[*SYNTHETIC, *REAL], help="default: all that need no files")
-    parser.add_argument("--join", nargs="+", type=Path, help="write the parts of these files into one, and the table")
+    parser.add_argument("--streams", type=Path, help="print the table of these results of compare.py, and no more")
     parser.add_argument("--shapes", nargs="+", default=["8b", "small"], choices=SHAPES, help="of the part overhead")
     parser.add_argument("--repeats", type=int, default=12, help="timed passes and steps")
     parser.add_argument("--model", default=None, help="folder of a causal LM (parts on real tasks)")
     parser.add_argument("--data", type=Path, default=None, help="folder of the tasks (parts on real tasks)")
     parser.add_argument("--rows", type=int, default=640, help="train rows a task")
-    parser.add_argument("--tests", type=int, default=100, help="test rows a task")
-    parser.add_argument("--epochs", type=int, default=1, help="of a task")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--width", type=int, default=4096, help="expansion_dim of the parts on real tasks")
     parser.add_argument("--only", nargs="+", default=None, help="names of the tasks to take (default: all)")
     arguments = parser.parse_args(argv)
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    if arguments.join:
-        results = router_tasks.joined([json.loads(path.read_text()) for path in arguments.join if path.is_file()])
-        arguments.out.write_text(json.dumps(results, indent=1))
-        print(router_tasks.table(results))
+    if arguments.streams:
+        print(router_tasks.stream_table(arguments.streams))
         return 0
+    if arguments.out is None:
+        parser.error("name the file for the figures with --out")
     device = "cuda" if torch.cuda.is_available() and not arguments.tiny else "cpu"
     results = provenance()
     torch.manual_seed(0)
     if arguments.tiny:
         folder = router_tasks.tiny_assets(Path(tempfile.mkdtemp()))
         arguments.model, arguments.data, arguments.shapes = str(folder), folder, ["tiny"]
-        arguments.rows, arguments.tests, arguments.width, arguments.repeats = 12, 6, 64, 3
+        arguments.rows, arguments.width, arguments.repeats = 12, 64, 3
     chosen = arguments.parts or [*SYNTHETIC, *(REAL if arguments.data else [])]
     if set(REAL) & set(chosen) and not (arguments.model and arguments.data):
         parser.error("the parts on real tasks need --model and --data")
     for name in chosen:
         start = time.perf_counter()
         if name in REAL:
-            results[name] = getattr(router_tasks, name)(device, arguments)
+            results[name] = router_tasks.routing(device, arguments)
         elif name == "overhead":
             results[name] = overhead(device, arguments.shapes, arguments.repeats)
         elif name == "many_tasks":
@@ -377,6 +373,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             results[name] = globals()[name](device, arguments.tiny)
         results[name]["seconds"] = time.perf_counter() - start
         show(name, results[name])
+        if name in REAL:
+            print(router_tasks.stage_table(results[name]))
         if device == "cuda":
             torch.cuda.empty_cache()
         arguments.out.write_text(json.dumps(results, indent=1))

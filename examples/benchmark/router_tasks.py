@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The router benchmark's parts on real tasks: where features alone send prompts, and what a stream of tasks scores."""
+"""The router benchmark on real tasks: where features alone send prompts, and what a stream of tasks scored."""
 
 from __future__ import annotations
 
 import gzip
 import json
 import re
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import compare_table
 import torch
 from torch import Tensor
 
@@ -122,118 +122,71 @@ def routing(device: str, options: Any) -> Result:
     return result
 
 
-def routed(device: str, options: Any) -> Result:
-    """One adapter a task: routed, by oracle, and the base model."""
-    from lightning_cl.callbacks import RLSRouterFitter
-
-    router = RLSRouterFitter(expansion_dim=options.width, seed=options.seed, compare=True)
-    found = stream_of(device, options, [router])
-    accuracies = [router.confusion.accuracy(stage) for stage in sorted(router.confusion.stages)]
-    found |= {"routing_accuracy_by_stage": accuracies, "confusion": router.confusion.table()}
-    # Adapters do not change after their task, so by oracle nothing can be forgotten.
-    scores = router.confusion.scores
-    found["side_by_side"] = {mode: sum(row.values()) / len(row) for mode, row in scores.items()}
-    found["scores"] = scores
-    return found
-
-
-def sequential(device: str, options: Any) -> Result:
-    """One adapter that is trained on all tasks in turn."""
-    return stream_of(device, options, [])
-
-
-def stream_of(device: str, options: Any, callbacks: list[Any]) -> Result:
-    """Train on the stream of tasks; its figures. The task matrix so far lies beside the result, if the run is cut off."""
-    import lightning.pytorch as pl
-
-    from lightning_cl import CausalLMModule, Task, TaskStream, fit_stream
-    from lightning_cl.callbacks import ForgettingMonitor
-
-    pl.seed_everything(options.seed)
-    names = names_of(options)
-    rows = {
-        (n, s): read(options.data, n, s, k)
-        for n in names
-        for s, k in (("train", options.rows), ("test", options.tests))
-    }
-    tasks = [Task(n, rows[n, "train"], test=rows[n, "test"], metric="accuracy") for n in names]
-    stream = TaskStream(tasks, batch_size=32, eval_batch_size=100, max_length=384)
-    lora = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
-    module = CausalLMModule(options.model, lora=lora, lr=1e-3)
-    folder = str(options.out.with_suffix(""))
-    monitor = ForgettingMonitor("test_accuracy", dirpath=folder, print_table=False, plots=False)
-    trainer = pl.Trainer(
-        accelerator="cpu" if device == "cpu" else "gpu",
-        devices=1,
-        max_epochs=options.epochs,
-        precision="32-true" if device == "cpu" else "bf16-mixed",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        callbacks=[*callbacks, monitor],
-    )
-    start = time.perf_counter()
-    matrix = fit_stream(trainer, module, stream)
-    figures = matrix.compute()
-    found: Result = {
-        "tasks": names,
-        "rows": options.rows,
-        "epochs": options.epochs,
-        "tests": options.tests,
-        "seed": options.seed,
-        "average": 100 * figures["average"],
-        "bwt": 100 * figures["backward_transfer"],
-        "learning_accuracy": 100 * figures["learning_accuracy"],
-        "last_row": {t: s.value for (stage, t), s in matrix.scores().items() if stage == len(names) - 1},
-        "stream_s": time.perf_counter() - start,
-    }
-    return found
-
-
 # ---------------------------------------------------------------------- together
 
 
-def joined(files: Sequence[Mapping[str, Any]]) -> Result:
-    """The parts of several files, with runs of the same part in a list (seeds)."""
-    result: Result = {}
-    for content in files:
-        for key, value in content.items():
-            if key in ("routing", "routed", "sequential"):
-                result.setdefault(key, []).append(value)
-            else:
-                result[key] = value
-    return result
-
-
-def table(results: Mapping[str, Any]) -> str:
-    """Figures of the stream and routing accuracies by stage, as Markdown tables."""
-    lines = ["| method | average | BWT | learning accuracy | seeds |", "| --- | --- | --- | --- | --- |"]
-    runs = results.get("routed", [])
-    for mode in ("oracle", "base"):
-        values = [100 * run["side_by_side"][mode] for run in runs]
-        if values:
-            lines.append(f"| {mode} | {_mean(values)} | 0 by construction | - | {len(values)} |")
-    for method in ("routed", "sequential"):
-        runs = results.get(method, [])
-        if runs:
-            columns = [_mean([run[key] for run in runs]) for key in ("average", "bwt", "learning_accuracy")]
-            lines.append(f"| {method} | {' | '.join(columns)} | {len(runs)} |")
-    for run in results.get("routing", [])[:1]:
-        lines += ["", "| prompts | routing accuracy after 1, 2, ... tasks |", "| --- | --- |"]
-        lines += [f"| {way} | {' '.join(f'{a:.1f}' for a in run[way]['accuracy_by_stage'])} |" for way in WAYS]
-        lines += [f"{way}, by task: {run[way]['by_task']}" for way in WAYS]
-    for run in results.get("routed", [])[:1]:
-        shown = " ".join(f"{100 * a:.1f}" for a in run["routing_accuracy_by_stage"])
-        lines.append(f"in the stream, by stage: {shown}; stream {run['stream_s']:.0f} s")
+def stage_table(routing: Mapping[str, Any]) -> str:
+    """Routing accuracies by stage, as a Markdown table, and by task below it."""
+    lines = ["| prompts | routing accuracy after 1, 2, ... tasks |", "| --- | --- |"]
+    lines += [f"| {way} | {' '.join(f'{a:.1f}' for a in routing[way]['accuracy_by_stage'])} |" for way in WAYS]
+    lines += [f"{way}, by task: {routing[way]['by_task']}" for way in WAYS]
     return "\n".join(lines)
 
 
-def _mean(values: Sequence[float]) -> str:
-    mean = sum(values) / len(values)
-    spread = "" if len(values) < 2 else f" ({min(values):.1f} to {max(values):.1f})"
-    return f"{mean:.1f}{spread}"
+def stream_table(folder: Path) -> str:
+    """What the streams of the comparison scored, for each order: by the router, by oracle, with one adapter for all tasks.
+
+    Args:
+        folder: results of ``compare.py run --methods sequential,routed``. ``routed`` evaluates its last model by oracle and
+            with the base model too; an adapter is left alone after its task, so by oracle nothing can be forgotten.
+    """
+    found = [run for run in compare_table.read(folder)[0] if not {"cost", "equal-time"} & set(run.folder.parts)]
+    columns = ("average", "backward_transfer", "learning_accuracy")
+    lines = []
+    for order in dict.fromkeys(compare_table.part(run)["order"] for run in found):
+        runs = {
+            method: [
+                r
+                for r in found
+                if compare_table.part(r)["order"] == order and compare_table.part(r)["method"] == method
+            ]
+            for method in ("sequential", "routed")
+        }
+        rows = {
+            method: [[compare_table.figures(run)[column] for run in runs[method]] for column in columns]
+            for method in runs
+            if runs[method]
+        }
+        for mode in ("oracle", "base"):
+            scores = [run.document["routing"]["scores"][mode] for run in runs["routed"]]
+            tasks = [compare_table.part(run)["tasks"] for run in runs["routed"]]
+            averages = [
+                100 * sum(row[task] for task in names) / len(names) for row, names in zip(scores, tasks, strict=True)
+            ]
+            if averages:
+                rows[mode] = [averages]
+        stages = [
+            max(run.document["routing"]["accuracy"].items(), key=lambda item: int(item[0]))[1] for run in runs["routed"]
+        ]
+        if not rows:
+            continue
+        lines += [
+            f"{order}:",
+            "",
+            "| method | average | BWT | learning accuracy | seeds |",
+            "| --- | --- | --- | --- | --- |",
+        ]
+        for method, values in rows.items():
+            cells = [compare_table.Mean.of(column).text() for column in values]
+            cells += ["0 by construction", "-"] if method == "oracle" else ["-", "-"] if method == "base" else []
+            lines.append(f"| {method} | {' | '.join(cells)} | {len(values[0])} |")
+        if stages:
+            lines += [
+                "",
+                f"Routing accuracy after the last task: {compare_table.Mean.of([100 * s for s in stages]).text()} %.",
+                "",
+            ]
+    return "\n".join(lines)
 
 
 def tiny_assets(folder: Path) -> Path:

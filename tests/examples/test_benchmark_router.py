@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from tests.report.runs import matrix, write_run
+
 FOLDER = Path(__file__).parents[2] / "examples" / "benchmark"
 
 
@@ -22,15 +24,41 @@ def test_tiny_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert figures["overhead"]["tiny"]["passes"] == {"first": 1, "last": 1}
     assert figures["overhead"]["tiny"]["adapters_used"] > 1
     assert figures["routing"]["as_given"]["accuracy_by_stage"] == [100.0, 100.0]
-    assert set(figures["routed"]["side_by_side"]) == {"routed", "oracle", "base"}
     assert {"command", "hardware", "torch", "commit"} <= figures.keys()
-    assert script["main"](["--join", "router.json", "router.json", "--out", "joined.json"]) == 0
-    assert "| routed | 50.0 (50.0 to 50.0) |" in capsys.readouterr().out
+    assert "| as_given | 100.0 100.0 |" in capsys.readouterr().out
+
+
+def test_streams_of_the_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    tasks = ["red", "green", "blue"]
+    for seed, shift in enumerate((0.0, 0.1)):
+        routing = {
+            "accuracy": {"0": 1.0, "10": 0.9 + shift, "2": 0.5},
+            "scores": {
+                "oracle": dict.fromkeys(tasks, 0.5 + shift),
+                "base": {**dict.fromkeys(tasks, 0.25), "quiz": 1.0},
+            },
+        }
+        for method in ("routed", "sequential", "memory"):
+            more = {"routing": routing} if method == "routed" else {}
+            comparison = {"method": method, "order": "three", "tasks": tasks, "seed": seed}
+            write_run(tmp_path / method / f"seed_{seed}", shift=shift, comparison=comparison, **more)
+    table = runpy.run_path(str(FOLDER / "router_tasks.py"))["stream_table"](tmp_path)
+    averages = [matrix(shift).compute()["average"] * 100 for shift in (0.0, 0.1)]
+    rows = {line.split(" | ")[0].strip("| "): line.split(" | ")[1:] for line in table.splitlines() if line[:2] == "| "}
+    assert list(rows)[2:] == ["sequential", "routed", "oracle", "base"]  # and not what no table of the router shows
+    assert rows["sequential"] == rows["routed"]
+    assert rows["routed"][0].startswith(f"{sum(averages) / 2:.1f} ± ")
+    assert rows["oracle"] == ["55.0 ± 63.5", "0 by construction", "-", "2 |"]  # t(0.975, 1) * 10 / 2
+    assert rows["base"][0] == "25.0 ± 0.0"
+    assert "Routing accuracy after the last task: 95.0 ± 63.5 %." in table
 
 
 @pytest.fixture(scope="module")
 def ways() -> Any:
-    return runpy.run_path(str(FOLDER / "router_tasks.py"))["WAYS"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        return runpy.run_path(str(FOLDER / "router_tasks.py"))["WAYS"]
 
 
 def test_instructions_are_taken_out(ways: Any) -> None:
