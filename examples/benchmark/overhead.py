@@ -9,6 +9,7 @@ examples/benchmark/overhead.py --out overhead.json``; ``--tiny`` on a CPU, ``--p
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -17,13 +18,16 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from training import DEVICE, Plain, Stopwatch, make_model, make_rows, quiet, ratio, rounds, run, write
+from training import DEVICE, SHAPES, Plain, Stopwatch, make_model, make_rows, quiet, ratio, rounds, run, write
 
 from lightning_cl.callbacks import ContinualCallback, ReplayMixer
 from lightning_cl.replay import EpisodicMemory, GeneralSamples, Row
 
 # Steps of each fit that are not counted: allocator, kernels and the optimizer's state are set up in them.
 WARM_UP = 2
+
+# For many short fits: a step that is short makes what is added to it plain.
+SHAPES["smollm2-8-layers"] = {**SHAPES["smollm2-135m"], "num_hidden_layers": 8}
 
 #: A measured figure: what it is, its value, and the most it may be (None: for comparison).
 Figure = tuple[str, float, "float | None"]
@@ -34,7 +38,7 @@ class Idle(ContinualCallback):
 
 
 class Bench:
-    """The model that all runs share.
+    """The models and sizes that the runs share.
 
     Args:
         tiny: a small model on short rows, to try the script itself.
@@ -46,17 +50,19 @@ class Bench:
         self.tiny, self.repeats, self.steps = tiny, repeats, steps
         self.shape = "tiny" if tiny else "smollm2-135m"
         self.module = Plain(make_model(self.shape, lora=None))
+        self.shallow = Plain(make_model("tiny" if tiny else "smollm2-8-layers", lora=None))
         self.batch, self.added = (8, 2) if tiny else (32, 8)
         self.long, self.short = (128, 16) if tiny else (512, 48)
         #: Milliseconds a step at each of the tasks, with replay.
         self.task_series: list[float] = []
 
-    def fit(self, callbacks: list[pl.Callback], batch: int, length: int, seed: int = 0) -> Stopwatch:
-        """One training run on rows of random tokens."""
-        steps = self.steps + WARM_UP
-        rows = make_rows(self.shape, batch * steps, length, seed)
+    def fit(self, callbacks: list[pl.Callback], batch: int, length: int, task: int | None = None) -> Stopwatch:
+        """One training run on rows of random tokens; those of a task train the shallow model."""
+        module = self.module if task is None else self.shallow
+        steps = WARM_UP + self.steps * (1 if task is None else 2)
+        rows = make_rows(self.shape, batch * steps, length, seed=task or 0)
         precision = "bf16-true" if DEVICE == "cuda" else "32-true"
-        return run(self.module, rows, batch, steps, WARM_UP, callbacks, limit_val_batches=0, precision=precision)
+        return run(module, rows, batch, steps, WARM_UP, callbacks, limit_val_batches=0, precision=precision)
 
     def general(self, length: int, **kwargs: Any) -> list[pl.Callback]:
         """A mixer of replay rows of one length."""
@@ -114,9 +120,9 @@ class Bench:
         first, last = range(1, 1 + few), range(count - few, count)
         plain, replay, memory = {}, {}, {}
         for index in range(count):
-            replay[index] = self.fit([mixer], self.batch, self.short, seed=index).seconds
+            replay[index] = self.fit([mixer], self.batch, self.short, task=index).seconds
             if index in first or index in last:
-                plain[index] = self.fit([], self.batch, self.short, seed=index).seconds
+                plain[index] = self.fit([], self.batch, self.short, task=index).seconds
             memory[index] = torch.cuda.memory_allocated() if DEVICE == "cuda" else 1
         self.task_series = [1e3 * seconds for seconds in replay.values()]
 
@@ -189,6 +195,8 @@ def main(argv: list[str] | None = None) -> None:
     unknown = [name for name in arguments.parts.split(",") if name not in parts]
     if unknown:
         parser.error(f"unknown parts {unknown}; choose from {', '.join(parts)}")
+    # What is imported and built by now is not garbage: each run collects what it left behind, and only that.
+    gc.freeze()
     figures: list[Figure] = []
     for name in arguments.parts.split(","):
         start = time.perf_counter()
