@@ -92,3 +92,10 @@ def test_the_repository_names_no_machine() -> None:
         path = ROOT / name
         if path.suffix in (".py", ".md", ".toml", ".yaml", ".txt", ".sh", ".html", "") and path.is_file():
             assert not pattern.search(path.read_text(errors="replace")), name
+
+
+def test_the_repository_holds_no_symlink() -> None:
+    """Windows checks them out as text files."""
+    listed = subprocess.run(["git", "ls-files", "--stage"], cwd=ROOT, capture_output=True, text=True).stdout
+    assert listed
+    assert not [line for line in listed.splitlines() if line.startswith("120000")]
