@@ -31,7 +31,7 @@ from tests.stream_tools import trainer
 
 folder, mode, strategy, ckpt_path, accelerator = Path(sys.argv[1]), *sys.argv[2:]
 hangs = mode.startswith("hang")
-if hangs or accelerator == "gpu":
+if hangs or mode.startswith("stuck") or accelerator == "gpu":
     rank_watch.GRACE, rank_watch.SILENCE = 3.0, 4
 torch.set_num_threads(1)
 torch.manual_seed(0)
@@ -50,6 +50,11 @@ class Module(models.PlainLM):
                     os.kill(os.getpid(), signal.SIGKILL)
                 raise ValueError("row 17 of task t0 is broken")
         return super().training_step(batch, batch_idx)
+
+    def cpu(self):
+        if mode.startswith("stuck") and self.global_rank == 0:
+            time.sleep(300)  # as taking a Trainer apart waits for a kernel of NCCL whose partner is gone
+        return super().cpu()
 
 
 module = Module(models.lora(models.tiny_llama()), optimizer="adamw")
@@ -105,6 +110,7 @@ DEATHS = {
     "hang": f"has waited 3 s and is ended: {RAISED}",
     "hang-killed": f"has waited 3 s and is ended: {GONE}",
     "raised": f"ends because another one did: {RAISED}",
+    "stuck-killed": f"has waited 3 s and is ended: {GONE}",
     "killed": f"ends because another one did: {GONE}",
 }
 
@@ -114,6 +120,7 @@ DEATHS = {
     [
         ("hang", "ddp"),
         ("hang-killed", "ddp"),
+        pytest.param("stuck-killed", "ddp", marks=pytest.mark.slow),
         pytest.param("raised", "ddp", marks=pytest.mark.slow),
         pytest.param("raised", "cl_fsdp", marks=pytest.mark.slow),
         pytest.param("killed", "ddp", marks=pytest.mark.slow),
