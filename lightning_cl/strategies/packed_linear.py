@@ -10,7 +10,15 @@ from torch import Tensor
 
 # bitsandbytes' product is an ``autograd.Function``. Up to torch 2.11 what a compiled block traces inside of one loses the
 # mark that activation checkpointing puts on its operators, so every such product was kept for the backward pass. An
-# operator with a derivative of its own carries the mark.
+# operator with a derivative of its own carries the mark. It is defined by hand: ``torch.library.custom_op`` looks for
+# aliases in each call, which takes longer on the host than a small layer on the device.
+_LIBRARY = torch.library.Library("lightning_cl", "FRAGMENT")
+_NAME = "lightning_cl::packed_linear"
+_LIBRARY.define(
+    "packed_linear(Tensor x, Tensor packed, Tensor[] scales, int[] shape, int blocksize, int inner_blocksize,"
+    " str quant_type, ScalarType dtype) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
 
 
 def packed_linear(x: Tensor, packed: Tensor, state: Any) -> Tensor:
@@ -24,32 +32,23 @@ def packed_linear(x: Tensor, packed: Tensor, state: Any) -> Tensor:
     Returns:
         ``[..., out_features]`` in the dtype of ``x``.
     """
-    scales = [state.absmax]
+    scales, inner = [state.absmax], 0
     if state.nested:
-        scales += [state.offset, state.state2.absmax, state.state2.code]
-    inner = state.state2.blocksize if state.nested else 0
-    return _packed_linear(x, packed, scales, list(state.shape), state.blocksize, inner, state.quant_type, state.dtype)
+        scales, inner = [state.absmax, state.offset, state.state2.absmax, state.state2.code], state.state2.blocksize
+    return torch.ops.lightning_cl.packed_linear.default(
+        x, packed, scales, list(state.shape), state.blocksize, inner, state.quant_type, state.dtype
+    )
 
 
-@torch.library.custom_op("lightning_cl::packed_linear", mutates_args=())
-def _packed_linear(
-    x: Tensor,
-    packed: Tensor,
-    scales: list[Tensor],
-    shape: list[int],
-    blocksize: int,
-    inner_blocksize: int,
-    quant_type: str,
-    dtype: torch.dtype,
-) -> Tensor:
+@torch.library.impl(_LIBRARY, "packed_linear", "CompositeExplicitAutograd")
+def _forward(x: Tensor, packed: Tensor, scales: list[Tensor], *rest: Any) -> Tensor:
     import bitsandbytes as bnb
 
-    state = _state(scales, shape, blocksize, inner_blocksize, quant_type, dtype)
     with torch.no_grad():
-        return bnb.matmul_4bit(x, packed, quant_state=state)
+        return bnb.matmul_4bit(x, packed, quant_state=_state(scales, *rest))
 
 
-@_packed_linear.register_fake
+@torch.library.register_fake(_NAME, lib=_LIBRARY)
 def _(x: Tensor, packed: Tensor, scales: list[Tensor], shape: list[int], *_: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], shape[0])
 
@@ -67,7 +66,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     return gradient @ weight.to(gradient.dtype), None, [None] * len(scales), *[None] * len(ctx.rest)
 
 
-_packed_linear.register_autograd(_backward, setup_context=_keep)
+torch.library.register_autograd(_NAME, _backward, setup_context=_keep, lib=_LIBRARY)
 
 
 def _state(
@@ -78,6 +77,6 @@ def _state(
     nested: dict[str, Any] = {}
     if inner_blocksize:
         _, offset, absmax, code = scales
-        nested = {"offset": offset, "state2": QuantState(absmax, code=code, blocksize=inner_blocksize)}
-        nested["state2"].dtype = torch.float32
+        inner = QuantState(absmax, code=code, blocksize=inner_blocksize, dtype=torch.float32)
+        nested = {"offset": offset, "state2": inner}
     return QuantState(scales[0], torch.Size(shape), None, blocksize, quant_type, dtype, **nested)

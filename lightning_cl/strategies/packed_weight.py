@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -85,3 +86,7 @@ class PackedWeight(Tensor):
             # FSDP2 gathers into the same memory each time, of which `out` is a view.
             return None
         return gathered[0].view(self.dtype), ()
+
+
+# FSDP2 looks at the number of arguments in each gather, and Python takes a signature apart anew each time.
+PackedWeight.fsdp_pre_all_gather.__signature__ = inspect.signature(PackedWeight.fsdp_pre_all_gather)  # type: ignore[attr-defined]
