@@ -228,18 +228,20 @@ def command_tune(arguments: argparse.Namespace, config: dict[str, Any]) -> int:
     """Try each method's settings, one at a time, on the order that is kept for it, and say which won."""
     plan, rows = config["tune"], encoded_file(config, arguments.out)
     methods = choose(arguments.methods, config["methods"], config["groups"]["tuned"], "--methods")
-    jobs = []
+    numbered = []
     for method in methods:
         spec = config["methods"][method]
         base = {"lr": config["recipe"]["lr"], **spec["settings"]}
         grid = {"lr": plan["lr"], **spec.get("grid", {})}
         tried = [{**base, name: value} for name, values in grid.items() for value in values]
-        for settings in {_digest(settings): settings for settings in [base, *tried]}.values():
+        for number, settings in enumerate({_digest(settings): settings for settings in [base, *tried]}.values()):
             out = arguments.out / _digest(settings)
-            jobs += [
-                Job(config, method, plan["order"], seed, out, rows, settings, commit=arguments.commit)
+            numbered += [
+                (number, Job(config, method, plan["order"], seed, out, rows, settings, commit=arguments.commit))
                 for seed in plan["seeds"]
             ]
+    # Every method's rates come before any method's further settings.
+    jobs = [job for _, job in sorted(numbered, key=lambda pair: pair[0])]
     failures = run_jobs(_shard(jobs, arguments.shard), arguments.jobs)
     text, chosen = compare_table.chosen(arguments.out)
     print(text)

@@ -205,7 +205,8 @@ def read_rows(path: Path) -> dict[str, Any]:
 
 def make_stream(job: Job, rows: dict[str, Any], pad_token_id: int) -> BoundedStream:
     """The tasks and probes; for the upper bound one task of all rows, beside which the tasks are probes."""
-    probes = [Task(name, test=test, role="probe", metric=metric) for name, (metric, test) in rows["probes"].items()]
+    wanted = job.config["tune"]["probes"] if job.order == job.config["tune"]["order"] else rows["probes"]
+    probes = [Task(name, test=rows["probes"][name][1], role="probe", metric=rows["probes"][name][0]) for name in wanted]
     if job.spec.get("joint"):
         together = [row for task in job.tasks for row in rows["train"][task]]
         tasks = [Task("all", train=compare_data.shuffled(together, job.seed))]

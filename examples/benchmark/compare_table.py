@@ -119,10 +119,17 @@ def figures(run: Run) -> dict[str, float | None]:
 
 
 def seconds_of_stream(run: Run, tasks: int, steps: int) -> float:
-    """What training on that many tasks and steps takes alone, from a run of the cost pass: all but the evaluation."""
-    cost, measured = part(run)["cost"], len(part(run)["tasks"])
-    around = (cost["prepare_seconds"] + cost["finish_seconds"]) / measured
-    return tasks * around + steps * cost["step_seconds"]
+    """What training on that many tasks and steps takes alone, from a run of the cost pass: all but the evaluation.
+
+    A replay of past tasks begins with the second one, so later tasks cost what the second did.
+    """
+    cost, stages = part(run)["cost"], run.document["costs"]
+    around = [stages[str(k)]["prepare_seconds"] + stages[str(k)]["finish_seconds"] for k in (0, 1) if str(k) in stages]
+    if len(around) == 1:  # all tasks at once
+        return around[0] + steps * cost["step_seconds"]
+    later = stages["1"]["train_seconds"] / stages["1"]["steps"]
+    first = steps / tasks * cost["step_seconds"]
+    return around[0] + first + (tasks - 1) * (around[1] + steps / tasks * later)
 
 
 def costs_of(folder: Path) -> dict[str, Run]:
@@ -200,18 +207,16 @@ def table(lines: list[Line], costs: dict[str, Run]) -> str:
 
 
 def cost_cells(line: Line, base: Line | None, costs: dict[str, Run]) -> list[str]:
-    """Wall time (from the cost pass alone), tokens and memory against sequential training, and bytes kept."""
+    """Wall time and memory (from the cost pass) and tokens against sequential training, and bytes kept."""
     own = part(line.runs[0])["cost"]
     wall = relative_time(line, costs)
     cells = ["-" if wall is None else f"{wall:.2f}x"]
-    if base is None:
-        cells += ["-", "-"]
-    else:
-        plain = part(base.runs[0])["cost"]
-        extra = (own["tokens"] + own["generated_tokens"]) / plain["tokens"] - 1 if plain["tokens"] else None
-        cells.append("-" if extra is None else f"{100 * extra:+.0f} %")
-        both = own["peak_memory_bytes"], plain["peak_memory_bytes"]
-        cells.append(f"{both[0] / both[1]:.2f}x" if all(both) else "-")
+    plain = None if base is None else part(base.runs[0])["cost"]
+    extra = (own["tokens"] + own["generated_tokens"]) / plain["tokens"] - 1 if plain and plain["tokens"] else None
+    cells.append("-" if extra is None else f"{100 * extra:+.0f} %")
+    names = part(line.runs[0])["method"], "sequential"
+    both = [part(costs[name])["cost"]["peak_memory_bytes"] if name in costs else None for name in names]
+    cells.append(f"{both[0] / both[1]:.2f}x" if all(both) else "-")
     cells.append(f"{own['disk_bytes'] / 1e6:.1f} MB")
     return cells
 

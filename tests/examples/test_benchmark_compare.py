@@ -61,7 +61,7 @@ def config(tmp_path: Path) -> Path:
         "orders": {"two": ["colour", "taste"], "tune": ["mood", "taste"]},
         "seeds": [0, 1],
         "groups": {"core": list(chosen), "tuned": ["sequential", "i-lora"]},
-        "tune": {"order": "tune", "seeds": [9], "lr": [1e-3, 1e-2]},
+        "tune": {"order": "tune", "seeds": [9], "lr": [1e-3, 1e-2], "probes": ["news"]},
         "methods": {name: standard["methods"][name] for name in chosen},
         "probes": {
             "news": {"file": str(tmp_path / "news.jsonl"), "metric": "loss", "made_by": "a script"},
