@@ -184,12 +184,14 @@ class AdapterBank:
         leaving, coming = spare[:-1], self._waiting.intersection(wanted)
         if not (leaving or coming) or not self.can_offload:
             return
-        for name in leaving:
-            self._to_host(name)
-        device = self.device
-        for name in coming:
-            for parameter in self.parameters(name).values():
-                parameter.data = parameter.data.to(device, non_blocking=True)
+        # Evaluations run in inference mode, where copies would be tensors that can never train again.
+        with torch.inference_mode(False):
+            for name in leaving:
+                self._to_host(name)
+            device = self.device
+            for name in coming:
+                for parameter in self.parameters(name).values():
+                    parameter.data = parameter.data.to(device, non_blocking=True)
         self._waiting -= coming
 
     def forget_copies(self) -> None:

@@ -124,3 +124,19 @@ def test_offloaded_adapters_answer_as_they_did_on_the_device():
         mixed = ready.model(**batch).logits[:6]
     real = batch["attention_mask"][:6].bool()
     torch.testing.assert_close(mixed[real], torch.cat(expected)[real], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.gpu
+def test_adapters_fetched_in_an_evaluation_can_train_again():
+    ready = Setup()
+    ready.module.cuda()
+    ready.bank.active = None
+    ready.bank.offload()
+    with torch.inference_mode():  # of the Trainer's evaluations
+        ready.bank.fetch(["task_0"])
+        ready.bank.fetch(["task_1"])
+        ready.bank.fetch(["task_2"])  # sends the first one back
+    for k in range(TASKS):
+        ready.bank.activate(f"task_{k}")
+        assert all(p.requires_grad for p in ready.bank.parameters(f"task_{k}").values())
+    ready.bank.add("later")
