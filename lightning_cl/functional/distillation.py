@@ -17,6 +17,9 @@ _CHUNK_ELEMENTS = 2**25
 _MIN_CHUNKS, _FULL_CHUNK = 8, 256
 # Products run in tiles of so many rows.
 _TILE = 128
+# Chunks whose gradients wait for one product with the states, in 16 bits: each product reads and writes a trained head's
+# gradient once, which takes longer than what it multiplies. Never more than a quarter of the tokens.
+_GROUPED, _MIN_GROUPS = 4, 4
 
 
 def distillation_loss(
@@ -194,7 +197,7 @@ class _ChunkedLoss(torch.autograd.Function):
         work = torch.promote_types(compute, torch.float32)
         needs = [grad_enabled and needed for needed in ctx.needs_input_grad[:3]]
         grad_hidden = torch.empty_like(states) if needs[0] else None
-        grad_weight = _ProductSum(weight, compute, work) if needs[1] else None
+        grad_weight = _HeadGradient(weight, compute, work, chunk_size, states.shape[0]) if needs[1] else None
         grad_bias = torch.zeros_like(bias, dtype=work) if needs[2] and bias is not None else None
         head = weight.to(compute)
         teacher_head = head if teacher is None or teacher.weight is None else teacher.weight.to(compute)
@@ -203,7 +206,6 @@ class _ChunkedLoss(torch.autograd.Function):
             piece = slice(start, start + chunk_size)
             kept = None if keep is None else keep[piece]
             inputs = _clean(states[piece], kept, compute)
-            logits = _logits(inputs, head, bias, work)
             target: Tensor
             if labels is not None:
                 target = labels[piece].clamp_min(0)
@@ -211,9 +213,11 @@ class _ChunkedLoss(torch.autograd.Function):
                 source = _logits(_clean(teacher.hidden[piece], kept, compute), teacher_head, teacher.bias, work)
                 target = _log_softmax(source if transform is None else transform(source), temperature)
                 del source
-            dtype = (compute if grad_bias is None else work) if any(needs) else None
-            values, grad = _values_and_gradient(logits, target, transform, temperature, dtype)
-            del logits, target
+            # Without a name of its own here, the tensor of the logits is gone as soon as it has been used.
+            values, grad = _values_and_gradient(
+                _logits(inputs, head, bias, work), target, transform, temperature, any(needs)
+            )
+            del target
             total += (values if kept is None else values.masked_fill(~kept, 0.0)).sum()
             if grad is None:
                 continue
@@ -225,7 +229,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 # Here, where they are D wide, and not V: in the head's gradient the zeroed inputs leave them out.
                 grad_hidden[piece] = rows if kept is None else rows.masked_fill_(~kept[:, None], 0.0)
             if grad_weight is not None:
-                grad_weight.add(grad.T, inputs)
+                grad_weight.add(grad, inputs)
         count = torch.full((), states.shape[0], device=states.device) if keep is None else keep.sum()
         count = count.clamp_min(1).to(work)
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.result(), grad_bias, count)
@@ -250,39 +254,66 @@ class _ChunkedLoss(torch.autograd.Function):
         return *scaled, None, None
 
 
-class _ProductSum:
-    """The sum of products of matrices of lower precision, nearly as exact as in float32 and with a third of its traffic.
+class _HeadGradient:
+    """The gradient of a trained head, summed over chunks: nearly as exact as in float32, and with little traffic.
 
-    A few products add up in their own dtype, inside the product; as many of these sums as there are, in float32. The head
-    is the largest matrix there is: reading and writing a float32 sum of its size at each chunk takes longer than all its
-    products.
+    The head is the largest matrix there is, and a float32 sum of its size takes longer to read and write at each chunk
+    than all products. So, in 16 bits, a few chunks share one product; a few products add up in their own dtype, inside
+    the product; and only those sums, as many as there are, in float32.
     """
 
-    def __init__(self, like: Tensor, dtype: torch.dtype, work: torch.dtype) -> None:
-        self._like, self._work = like, work
+    def __init__(self, weight: Tensor, dtype: torch.dtype, work: torch.dtype, chunk_size: int, tokens: int) -> None:
+        self._weight, self._dtype, self._work = weight, dtype, work
         # A sum of 16 roundings is off by no more than three. Float16 would overflow before the mean's 1/count.
         self._few = {torch.bfloat16: 16, torch.float16: 1}.get(dtype, 0)
-        self._added = 0
+        grouped = min(_GROUPED, tokens // (_MIN_GROUPS * chunk_size)) if dtype.itemsize == 2 else 1
+        self._room = chunk_size * grouped if grouped > 1 else 0
+        self._filled = self._added = 0
+        self._waiting: tuple[Tensor, Tensor] | None = None
         self._partial: Tensor | None = None
         self._total: Tensor | None = None
 
-    def add(self, a: Tensor, b: Tensor) -> None:
-        """Add ``a @ b``."""
-        if self._partial is None:
-            self._partial = torch.mm(a, b)
-        elif self._added == self._few > 0:
-            self._flush()
-            torch.mm(a, b, out=self._partial)
-        else:
-            self._partial.addmm_(a, b)
-        self._added += 1
+    def add(self, grad: Tensor, inputs: Tensor) -> None:
+        """Add a chunk's ``grad.T @ inputs``, from ``[n, V]`` and ``[n, D]``."""
+        if not self._room:
+            self._multiply(grad, inputs)
+            return
+        if self._waiting is None:
+            self._waiting = (
+                grad.new_empty(self._room, grad.shape[1]),
+                inputs.new_empty(self._room, inputs.shape[1]),
+            )
+        stop = self._filled + len(grad)
+        self._waiting[0][self._filled : stop] = grad
+        self._waiting[1][self._filled : stop] = inputs
+        self._filled = stop
+        if stop == self._room:
+            self._multiply_waiting()
 
     def result(self) -> Tensor:
         """The sum."""
+        if self._filled:
+            self._multiply_waiting()
+        self._waiting = None
         if self._total is not None:
             self._flush()
             return self._total
-        return torch.zeros_like(self._like) if self._partial is None else self._partial
+        return torch.zeros_like(self._weight, dtype=self._dtype) if self._partial is None else self._partial
+
+    def _multiply_waiting(self) -> None:
+        assert self._waiting is not None
+        self._multiply(*(part[: self._filled] for part in self._waiting))
+        self._filled = 0
+
+    def _multiply(self, grad: Tensor, inputs: Tensor) -> None:
+        if self._partial is None:
+            self._partial = torch.mm(grad.T, inputs)
+        elif self._added == self._few > 0:
+            self._flush()
+            torch.mm(grad.T, inputs, out=self._partial)
+        else:
+            self._partial.addmm_(grad.T, inputs)
+        self._added += 1
 
     def _flush(self) -> None:
         assert self._partial is not None
@@ -310,19 +341,22 @@ def _values_and_gradient(
     target: Tensor,
     transform: Callable[[Tensor], Tensor] | None,
     temperature: float,
-    dtype: torch.dtype | None,
+    with_gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """The loss of each token of a chunk, and its gradient with respect to the head's output.
 
-    ``target`` is either the teacher's log-probabilities ``[n, V]`` or token ids ``[n]``. Without ``dtype`` there is no
-    gradient; with it, the gradient may be in that dtype already.
+    ``target`` is either the teacher's log-probabilities ``[n, V]`` or token ids ``[n]``. What is made here is written
+    over: a chunk's tensors are large, and bound by memory.
     """
     leaf, through = logits, logits
     if transform is not None:
         with torch.enable_grad():
-            leaf = logits.detach().requires_grad_(dtype is not None)
+            leaf = logits.detach().requires_grad_(with_gradient)
             through = transform(leaf)
     log_q = _log_softmax(through.detach(), temperature)
+    del logits
+    if transform is None:
+        del leaf, through
     if target.ndim == 1:
         index = target[:, None]
         values = -log_q.gather(-1, index)[:, 0]
@@ -330,12 +364,8 @@ def _values_and_gradient(
     else:
         p = target.exp()
         values = (target.sub_(log_q)).mul_(p).sum(-1)
-        if dtype is None:
-            return values, None
-        # The last step rounds to the products' dtype itself: a chunk's tensors are read and written from memory.
-        last = dtype if transform is None and temperature == 1.0 else log_q.dtype
-        grad = torch.sub(log_q.exp_(), p, out=p if last == p.dtype else torch.empty_like(p, dtype=last))
-    if dtype is None:
+        grad = log_q.exp_().sub_(p)
+    if not with_gradient:
         return values, None
     if temperature != 1.0:
         grad /= temperature

@@ -85,8 +85,7 @@ class _TokenLosses(torch.autograd.Function):
         for start in range(0, len(hidden), chunk_size):
             piece = slice(start, start + chunk_size)
             logits = _logits(hidden[piece].to(compute), head, bias, work)
-            dtype = work if trained[0] else None
-            losses[piece], grad = _values_and_gradient(logits, targets[piece], transform, 1.0, dtype)
+            losses[piece], grad = _values_and_gradient(logits, targets[piece], transform, 1.0, trained[0])
             del logits
             if grad is not None and grad_hidden is not None:
                 grad_hidden[piece] = grad.to(compute) @ head
@@ -113,7 +112,7 @@ class _TokenLosses(torch.autograd.Function):
             piece = slice(start, start + chunk_size)
             inputs = hidden[piece].to(compute)
             logits = _logits(inputs, head, bias, work)
-            _, grad = _values_and_gradient(logits, targets[piece], transform, 1.0, work)
+            _, grad = _values_and_gradient(logits, targets[piece], transform, 1.0, True)
             del logits
             grad = grad * factors[piece]  # type: ignore[operator]  # asked for
             if grad_bias is not None:

@@ -48,7 +48,7 @@ class InverseSampler:
         """Tokens for ``logits [B, V]`` at ``uniforms [B]`` in [0, 1), and whether each row's logits were usable."""
         vocabulary = logits.shape[1]
         outer, inner = self._triangles
-        # Relative to the largest: nothing overflows. With an axis, so that a difference is taken in float32 at once.
+        # Relative to the largest: nothing overflows.
         top = logits.amax(-1, keepdim=True).to(torch.promote_types(logits.dtype, torch.float32))
         parts = max(1, self._elements // vocabulary)
         mass = torch.cat([self._masses(*part) for part in zip(logits.split(parts), top.split(parts), strict=True)])
@@ -66,7 +66,8 @@ class InverseSampler:
         return token, torch.isfinite(cumulative[:, -1])
 
     def _exponentials(self, logits: Tensor, top: Tensor) -> Tensor:
-        difference = logits - top
+        # Cast first: an operation on two dtypes at once runs at a third of a GPU's bandwidth.
+        difference = logits.to(top.dtype, copy=True).sub_(top)
         return (difference if self._temperature == 1.0 else difference.div_(self._temperature)).exp_()
 
     def _masses(self, logits: Tensor, top: Tensor) -> Tensor:
