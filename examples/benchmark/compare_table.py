@@ -185,8 +185,16 @@ def lines_of(runs: list[Run], methods: Iterable[str]) -> list[Line]:
     known = list(methods)
     order = sorted(groups, key=lambda key: (known.index(key[0]) if key[0] in known else len(known), key))
     return [
-        Line(key[0] if several.count(key[0]) == 1 else f"{key[0]} {json.loads(key[1])}", groups[key]) for key in order
+        Line(key[0] if several.count(key[0]) == 1 else f"{key[0]} ({_told(groups[key][0])})", groups[key])
+        for key in order
     ]
+
+
+def _told(run: Run) -> str:
+    """A run's settings in words, such as ``lr 0.001, weight 3.0``."""
+    recipe, settings, budget = (part(run)[key] for key in ("recipe", "settings", "budget"))
+    told = {"lr": recipe.get("lr"), **settings}
+    return ", ".join([*(f"{name} {value}" for name, value in told.items()), *([budget] if budget != "epochs" else [])])
 
 
 def table(lines: list[Line], costs: dict[str, Run]) -> str:
@@ -214,11 +222,20 @@ def cost_cells(line: Line, base: Line | None, costs: dict[str, Run]) -> list[str
     plain = None if base is None else part(base.runs[0])["cost"]
     extra = (own["tokens"] + own["generated_tokens"]) / plain["tokens"] - 1 if plain and plain["tokens"] else None
     cells.append("-" if extra is None else f"{100 * extra:+.0f} %")
-    names = part(line.runs[0])["method"], "sequential"
-    both = [part(costs[name])["cost"]["peak_memory_bytes"] if name in costs else None for name in names]
-    cells.append(f"{both[0] / both[1]:.2f}x" if all(both) else "-")
+    both = [_peak_memory(one, costs) for one in (line, base)]
+    cells.append(f"{both[0] / both[1]:.2f}x" if both[0] and both[1] else "-")
     cells.append(f"{own['disk_bytes'] / 1e6:.1f} MB")
     return cells
+
+
+def _peak_memory(line: Line | None, costs: dict[str, Run]) -> int | None:
+    """Bytes, from the cost pass; or from the runs themselves, where all methods ran alike: without compiled blocks."""
+    if line is None:
+        return None
+    first = part(line.runs[0])
+    if first["method"] in costs:
+        return part(costs[first["method"]])["cost"]["peak_memory_bytes"]
+    return None if costs or first["recipe"].get("compile") else first["cost"]["peak_memory_bytes"]
 
 
 def relative_time(line: Line, costs: dict[str, Run]) -> float | None:
@@ -235,6 +252,9 @@ def missing(runs: list[Run], config: dict[str, Any], orders: Iterable[str]) -> l
     there = {(part(run)["method"], part(run)["order"], part(run)["seed"]) for run in runs}
     found = []
     for order in orders:
+        if order not in {name for _, name, _ in there}:
+            found.append(f"{order}: no run")
+            continue
         for method in config["methods"]:
             seeds = [str(seed) for seed in config["seeds"] if (method, order, seed) not in there]
             if seeds:
@@ -264,7 +284,9 @@ def document(folder: Path, config: dict[str, Any], plots: Path | None) -> str:
             if plots is not None and not equal_time:
                 name = f"{plots.stem.lower()}_{order}.png"
                 if pareto(lines, same, plots.with_name(name), order):
-                    parts.append(f"![Forgetting against cost, and learning against forgetting]({name})")
+                    parts.append(
+                        f"![Learning against forgetting, and forgetting against cost where that is known]({name})"
+                    )
     gaps = missing([run for run in runs if "equal-time" not in run.folder.parts], config, _reported_orders(config))
     if gaps:
         parts.append("Not run: " + "; ".join(gaps) + ".")
@@ -292,9 +314,10 @@ def pareto(lines: list[Line], costs: dict[str, Run], path: Path, order: str) -> 
     shown = [line for line in lines if line.mean("forgetting") is not None]
     if not shown:
         return False
-    figure = Figure(figsize=(11, 4.6), dpi=110, layout="constrained")
+    timed = any(relative_time(line, costs) is not None for line in shown)
+    figure = Figure(figsize=(11 if timed else 7.5, 4.6), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
+    axes = figure.subplots(1, 1 + timed, squeeze=False)[0]
     for index, line in enumerate(shown):
         colour = display.COLOURS[index % len(display.COLOURS)]
         marker = "os^Dvp*"[index // len(display.COLOURS) % 7]
@@ -303,14 +326,17 @@ def pareto(lines: list[Line], costs: dict[str, Run], path: Path, order: str) -> 
         time = relative_time(line, costs)
         style: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": "", "capsize": 2, "alpha": 0.9}
         if time is not None:
-            left.errorbar(time, forgetting.value, yerr=forgetting.half, **style)
+            axes[0].errorbar(time, forgetting.value, yerr=forgetting.half, **style)
         if learning is not None:
-            right.errorbar(forgetting.value, learning.value, learning.half, forgetting.half, label=line.method, **style)
-    left.set(xlabel="wall time, relative to sequential training", ylabel="forgetting, points (lower is better)")
-    right.set(xlabel="forgetting, points (lower is better)", ylabel="learning accuracy, points")
-    for axes in (left, right):
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
+            axes[-1].errorbar(
+                forgetting.value, learning.value, learning.half, forgetting.half, label=line.method, **style
+            )
+    if timed:
+        axes[0].set(xlabel="wall time, relative to sequential training", ylabel="forgetting, points (lower is better)")
+    axes[-1].set(xlabel="forgetting, points (lower is better)", ylabel="learning accuracy, points")
+    for one in axes:
+        one.grid(alpha=0.25)
+        one.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right center", frameon=False, fontsize=8)
     figure.suptitle(f"{order}: mean and 95 % interval over seeds", fontsize=11)
     figure.savefig(path)

@@ -238,7 +238,7 @@ def test_other_settings_of_a_method_have_a_line_of_their_own(compare: Any, confi
         row[0] for row in rows_of(compare.compare_table.document(tmp_path / "r", compare.read_config(config), None))
     ]
     assert len(names) == 2
-    assert any("'lr': 0.1" in name for name in names)
+    assert any("memory (lr 0.1)" in name for name in names)
 
 
 def test_half_written_and_foreign_files_are_listed(compare: Any, config: Path, tmp_path: Path) -> None:
