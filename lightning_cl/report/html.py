@@ -161,7 +161,8 @@ def _unit_note(runs: Sequence[Run], more: Sequence[str] = ()) -> str:
 
 def _side_by_side(runs: Sequence[Run]) -> str:
     tasks = list(dict.fromkeys(task for run in runs for task in [*run.matrix.train_tasks, *run.matrix.probes]))
-    cards = []
+    cards, many = [], len(runs) > _MANY
+    names: dict[str, svg.Line] = {}
     for task in tasks:
         having = [run for run in runs if task in run.matrix.tasks]
         lines = [
@@ -176,14 +177,17 @@ def _side_by_side(runs: Sequence[Run]) -> str:
             for index, run in enumerate(runs)
             if task in run.matrix.tasks
         ]
-        if len(runs) > _MANY:
+        names |= {line.name: line for line in lines}
+        if many:
             # So many bands over each other would hide the lines.
             lines = [replace(line, bands={}) for line in lines]
         longest = max((run.matrix for run in having), key=lambda m: len(m.stages))
-        picture = svg.chart(lines, _ticks(longest), _unit(having[0].matrix, task), width=430, height=220)
+        unit = _unit(having[0].matrix, task)
+        picture = svg.chart(lines, _ticks(longest), unit, width=430, height=220, legend=not many)
         probe = " (probe)" if task in having[0].matrix.probes else ""
         cards.append(f'<div class="card"><h3>{escape(task)}{probe}</h3>{picture}</div>')
-    return f'<div class="grid small">{"".join(cards)}</div>'
+    shared = svg.legend(list(names.values())) if many else ""
+    return f'{shared}<div class="grid small">{"".join(cards)}</div>'
 
 
 def _run(run: Run, alone: bool) -> str:

@@ -93,8 +93,9 @@ def chart(
     marks = _round_ticks(min(values, default=0.0), max(values, default=1.0))
     low, high = marks[0], marks[-1]
     legend_width = 44 + 7 * max((min(len(line.name), 24) for line in lines), default=0) if legend else 10
-    tilted = ticks is not None and len(ticks) > 1 and max(map(len, ticks.values())) * 6.5 * len(ticks) > width - 130
-    left, right, top, bottom = 58, width - legend_width, 28, height - (54 if tilted else 34)
+    left, right, top = 58, width - legend_width, 28
+    tilted = ticks is not None and len(ticks) > 1 and max(map(len, ticks.values())) * 6.5 * len(ticks) > right - left
+    bottom = height - (54 if tilted else 34)
     first, last = min(xs), max(xs)
 
     def at_x(x: float) -> float:
@@ -116,12 +117,25 @@ def chart(
     for line in lines:
         parts.append(_drawn(line, at_x, at_y))
     for row, line in enumerate(lines if legend else ()):
-        y = top + 8 + 17 * row
-        ends = f'x1="{right + 8}" x2="{right + 24}" y1="{y}" y2="{y}"'
-        dash = ' stroke-dasharray="6 4"' if line.dashed else ""
-        parts.append(f'<line {ends} stroke="{line.colour}" stroke-width="2.5"{dash}/>')
-        parts.append(_text(right + 29, y + 4, _short(line.name, 24), anchor="start", size=11))
+        parts.append(_named(line, right + 8, top + 8 + 17 * row))
     return _svg(width, max(height, top + 17 * len(lines) + 8 if legend else 0), parts, "chart", label)
+
+
+def legend(lines: Sequence[Line], width: int = 1100) -> str:
+    """Looks and names of lines that several charts share.
+
+    Args:
+        lines: the lines; their points do not matter.
+        width: of the picture in pixels; names that do not fit go into another row.
+    """
+    parts, x, y = [], 0, 12
+    for line in lines:
+        needed = 44 + 7 * min(len(line.name), 24)
+        if x and x + needed > width:
+            x, y = 0, y + 20
+        parts.append(_named(line, x, y))
+        x += needed
+    return _svg(width, y + 12, parts, "legend", "Legend")
 
 
 def bars(rows: Mapping[str, Mapping[str, float]], kinds: Sequence[str], unit: str, width: int = 760) -> str:
@@ -203,6 +217,12 @@ def _cell(
         f'<rect x="{x}" y="{y}" width="{width - 2}" height="{height - 2}" fill="{display.ramp(shade)}"/>{frame}'
         f"{_text(x + width / 2 - 1, y + height / 2 + (1 if ends else 4), text, size=13, fill=ink)}{small}</g>"
     )
+
+
+def _named(line: Line, x: float, y: float) -> str:
+    dash = ' stroke-dasharray="6 4"' if line.dashed else ""
+    stroke = f'<line x1="{x}" x2="{x + 16}" y1="{y}" y2="{y}" stroke="{line.colour}" stroke-width="2.5"{dash}/>'
+    return stroke + _text(x + 21, y + 4, _short(line.name, 24), anchor="start", size=11)
 
 
 def _drawn(line: Line, at_x: Any, at_y: Any) -> str:

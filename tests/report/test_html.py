@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from lightning_cl.report import svg
 from lightning_cl.report.html import page
 from lightning_cl.report.run import find_runs, load_run
 from tests.report.runs import LOSSES, SCORES, TASKS, write_run
@@ -147,11 +148,25 @@ def test_lines_of_many_runs_can_be_told_apart(tmp_path: Path) -> None:
         write_run(tmp_path / f"run{index:02}")
     text = page(find_runs([tmp_path])[0])
     beside = text[text.index("Runs side by side") : text.index("<section")]
-    first = beside[: beside.index("</svg>")]
-    lines = re.findall(r"<polyline[^>]*>", first)
-    looks = [(re.search(r'stroke="(#\w+)"', line).group(1), "dasharray" in line) for line in lines]
-    assert len(looks) == 16
-    assert len(set(looks)) == 16
+    legend, first = beside.split("</svg>")[:2]
+
+    def looks(marks: list[str]) -> list[tuple[str, bool]]:
+        return [(re.search(r'stroke="(#\w+)"', mark).group(1), "dasharray" in mark) for mark in marks]
+
+    drawn = looks(re.findall(r"<polyline[^>]*>", first))
+    assert len(set(drawn)) == len(drawn) == 16
+    # One legend for all charts, which have none of their own.
+    assert looks(re.findall(r"<line[^>]*>", legend)) == drawn
+    assert re.findall(r">(run\d\d)<", legend) == [f"run{index:02}" for index in range(16)]
+    assert "run00</text>" not in first
+
+
+def test_names_of_stages_are_tilted_where_the_legend_leaves_too_little_room() -> None:
+    lines = [svg.Line(name, [(0, 1.0), (2, 2.0)]) for name in ("short", "a name of many characters")]
+    ticks = {0: "before it all", 1: "after it all", 2: "and once more"}
+    wide, narrow = (svg.chart(lines, ticks, "points", width=430, legend=legend) for legend in (False, True))
+    assert "rotate" not in wide
+    assert "rotate" in narrow
 
 
 def test_time_spent_fitting_is_shown_where_there_is_some(tmp_path: Path) -> None:
