@@ -91,6 +91,7 @@ class Attachment:
         self._row_losses: Tensor | None = None
         self._backwards = 0
         self._checked_hooks = False
+        self._compiled = False
         self._undo: list[Callable[[], None]] = []
         self._installed = False
         self._finite = FiniteGuard()
@@ -127,7 +128,7 @@ class Attachment:
             return
         self._refuse_dataloader_iter()
         self._joiner.check()
-        compiled = _is_compiled(self.module)
+        compiled = self._compiled = _is_compiled(self.module)
         # Dynamo traces hooks into the compiled graph; ours must run in Python, at every step.
         outside_graph = torch._dynamo.disable if compiled else (lambda hook: hook)
         if self._joiner.providers:
@@ -388,11 +389,8 @@ class Attachment:
         reduced = step.replay.arguments(args, kwargs)
         if reduced is None:
             return
-        mask = reduced[1].get("attention_mask")
-        if step.replay.full and self._pretrained and isinstance(mask, Tensor) and mask.ndim == 2:
-            # Nothing is masked, and the library would stop the host until the device has told it so: until all work of
-            # the last step is done, after which it launches this pass's many small kernels slower than they run.
-            del reduced[1]["attention_mask"]
+        if step.replay.full and self._pretrained:
+            _without_mask(reduced[1], self._compiled)
         self._in_reference = True
         # Through `__dict__`, since `nn.Module.__setattr__` on a thousand modules would cost more than the hooks.
         modules = [part for part in self._all_modules if part.training]
@@ -462,6 +460,19 @@ class Attachment:
                 f"`{type(self.module).__name__}.training_step` takes `dataloader_iter`, which bypasses the batch hooks, so"
                 " no callback can add replay rows. Take `batch` and `batch_idx` instead."
             )
+
+
+def _without_mask(arguments: dict[str, Any], compiled: bool) -> None:
+    """Take the padding mask out of a transformers backbone's arguments, for rows that have no padding.
+
+    Given a mask, transformers asks the device whether it masks anything; given none and no cache, whether the rows are
+    packed. Either stops the host until all work of the last step is done, and then this pass's many small kernels are
+    launched slower than they run. With a cache, which costs a copy of the keys and values, it asks nothing. Compiled code
+    never asks, and a cache would compile it anew.
+    """
+    mask = arguments.get("attention_mask")
+    if not compiled and "use_cache" in arguments and isinstance(mask, Tensor) and mask.ndim == 2:
+        arguments["attention_mask"], arguments["use_cache"] = None, True
 
 
 @contextmanager

@@ -125,8 +125,9 @@ def swapped(
     finally:
         for group in groups:
             group.scatter()
-        # The shards of FSDP1 are views that a forward pass may have set anew: look them up again.
-        targets = [local(parameters[name]) for name in tensors]
+        if groups:
+            # The shards of FSDP1 are views that a forward pass may have set anew: look them up again.
+            targets = [local(parameters[name]) for name in tensors]
         with torch.no_grad():
             _copy(targets, saved)
     # Not after an exception: gathering is collective, and the other ranks may not be here.
