@@ -181,9 +181,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, help="how often each comparison is repeated")
     parser.add_argument("--steps", type=int, help="counted steps of each run")
     parser.add_argument("--tasks", type=int, help="how many tasks are learnt one after the other")
+    parser.add_argument("--processor-time", action="store_true", help="of one thread: on CPUs that others use too")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args(argv)
     quiet()
+    if arguments.processor_time:
+        torch.set_num_threads(1)
+        Stopwatch.clock = staticmethod(time.process_time)
     tiny = arguments.tiny
     bench = Bench(tiny, arguments.repeats or (2 if tiny else 7), arguments.steps or (5 if tiny else 20))
     parts: dict[str, Callable[[], list[Figure]]] = {
