@@ -74,7 +74,8 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], o
         target.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "w+b") as file:
             if checksum:
-                with _Summed(file, target) as summed:
+                # Read at a place of its own: `os.pread` would do with one file, but is not there on Windows.
+                with open(temporary, "rb") as reader, _Summed(file, reader, target) as summed:
                     write(summed)  # type: ignore[arg-type]
             else:
                 write(file)
@@ -330,8 +331,8 @@ class _Summed:
     One thread sums, another brings to the disk what is written already, so that neither comes on top of the writing.
     """
 
-    def __init__(self, file: BinaryIO, path: Path) -> None:
-        self._file, self._path = file, path
+    def __init__(self, file: BinaryIO, reader: BinaryIO, path: Path) -> None:
+        self._file, self._reader, self._path = file, reader, path
         self._size = self._handed = self._summed = 0
         self._digest = hashlib.sha256()
         self._summing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checksum")
@@ -383,7 +384,7 @@ class _Summed:
 
     def _sum(self, end: int) -> None:
         while self._summed < end:
-            block = os.pread(self._file.fileno(), min(_BLOCK, end - self._summed), self._summed)
+            block = self._reader.read(min(_BLOCK, end - self._summed))
             self._digest.update(block)
             self._summed += len(block)
 
