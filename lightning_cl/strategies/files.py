@@ -74,8 +74,8 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], o
         target.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "w+b") as file:
             if checksum:
-                # Read at a place of its own: `os.pread` would do with one file, but is not there on Windows.
-                with open(temporary, "rb") as reader, _Summed(file, reader, target) as summed:
+                # Read at a place of its own (`os.pread` is not there on Windows), and never ahead of what is final.
+                with open(temporary, "rb", buffering=0) as reader, _Summed(file, reader, target) as summed:
                     write(summed)  # type: ignore[arg-type]
             else:
                 write(file)
@@ -331,7 +331,7 @@ class _Summed:
     One thread sums, another brings to the disk what is written already, so that neither comes on top of the writing.
     """
 
-    def __init__(self, file: BinaryIO, reader: BinaryIO, path: Path) -> None:
+    def __init__(self, file: BinaryIO, reader: io.FileIO, path: Path) -> None:
         self._file, self._reader, self._path = file, reader, path
         self._size = self._handed = self._summed = 0
         self._digest = hashlib.sha256()
