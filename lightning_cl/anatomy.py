@@ -16,6 +16,8 @@ from torch import Tensor, nn
 _SOFT_CAP = "final_logit_softcapping"  # Gemma 2 and 3: cap * tanh(logits / cap)
 _MULTIPLIERS = ("logit_scale", "lm_head_multiplier")  # Cohere; Falcon-H1
 _DIVISORS = ("logits_scaling",)  # Granite
+#: What Hugging Face models call the keys and values of earlier tokens, in the versions that are supported.
+CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")
 
 
 def _instances(module: nn.Module, library: str, class_path: str) -> list[nn.Module]:

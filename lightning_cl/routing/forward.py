@@ -23,9 +23,6 @@ from lightning_cl.routing.router import BASE, AnalyticRouter, Routes
 __all__ = ["RoutedForward"]
 
 
-_CACHES = ("cache", "past_key_values")
-
-
 @dataclass
 class _Call:
     """What is known of the call of the network that runs now."""
@@ -37,8 +34,8 @@ class _Call:
 
     @property
     def cache(self) -> Any:
-        """The cache that the call goes on from, whatever this release of transformers calls it."""
-        return next((self.arguments[name] for name in _CACHES if self.arguments.get(name) is not None), None)
+        """The cache that the call goes on from."""
+        return _cache(self.arguments.get)
 
     @property
     def cached_tokens(self) -> int:
@@ -237,10 +234,7 @@ class RoutedForward:
         if call.depth <= 0:
             self._call = None
             if call.routed_tokens and not self._generating:
-                made = next(
-                    (getattr(output, name) for name in _CACHES if getattr(output, name, None) is not None), None
-                )
-                keys = _last_keys(made, call.routed_tokens)
+                keys = _last_keys(_cache(lambda name: getattr(output, name, None)), call.routed_tokens)
                 self._kept_keys = None if keys is None else (call.routed_tokens, keys.clone())
 
     def _at_feature_layer(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -365,6 +359,11 @@ class RoutedForward:
 
     def _keep(self, handle: Any) -> None:
         self._undo.append(handle.remove)
+
+
+def _cache(value_of: Callable[[str], Any]) -> Any:
+    """The cache among named values, whatever this release of transformers calls it."""
+    return next((cache for name in anatomy.CACHE_NAMES if (cache := value_of(name)) is not None), None)
 
 
 def _last_keys(cache: Any, tokens: int) -> Tensor | None:

@@ -11,11 +11,9 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_cl.anatomy import pretrained_model
+from lightning_cl.anatomy import CACHE_NAMES, pretrained_model
 
 _FLAG = "_lightning_cl_prepared"
-# What Hugging Face models call the keys and values of earlier tokens, in the versions that are supported.
-_CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")
 _VARIANTS = 64
 
 
@@ -121,7 +119,7 @@ def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _caches(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {name: kwargs[name] for name in _CACHES if kwargs.get(name) is not None}
+    return {name: kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None}
 
 
 def _is_empty(cache: Any) -> bool:
