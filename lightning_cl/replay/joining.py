@@ -291,8 +291,8 @@ class Joiner:
     def _separate(self, layout: BatchLayout, rows: list[Row], made: Any, counts: bool) -> Added:
         columns = self._transfer(made, layout)
         widest = max(row.length for row in rows)
-        replay = ReplayRows(_ids(rows), [row.source for row in rows], len(rows), _mask(rows, widest, layout))
-        replay.layout, replay.full = "separate", _are_full(rows, widest)
+        mask, full = _mask(rows, widest, layout), _are_full(rows, widest)
+        replay = ReplayRows(_ids(rows), [row.source for row in rows], len(rows), mask, layout="separate", full=full)
         weight: Any = self._task_weight
         if weight is None:
             weight = self._effective_weight(layout, rows, self._row_tokens(layout, rows)) if counts else 1.0
