@@ -140,53 +140,39 @@ def stream_table(folder: Path) -> str:
         folder: results of ``compare.py run --methods sequential,routed``. ``routed`` evaluates its last model by oracle and
             with the base model too; an adapter is left alone after its task, so by oracle nothing can be forgotten.
     """
-    found = [run for run in compare_table.read(folder)[0] if not {"cost", "equal-time"} & set(run.folder.parts)]
-    columns = ("average", "backward_transfer", "learning_accuracy")
-    lines = []
-    for order in dict.fromkeys(compare_table.part(run)["order"] for run in found):
-        runs = {
-            method: [
-                r
-                for r in found
-                if compare_table.part(r)["order"] == order and compare_table.part(r)["method"] == method
-            ]
-            for method in ("sequential", "routed")
-        }
-        rows = {
-            method: [[compare_table.figures(run)[column] for run in runs[method]] for column in columns]
-            for method in runs
-            if runs[method]
-        }
-        for mode in ("oracle", "base"):
-            scores = [run.document["routing"]["scores"][mode] for run in runs["routed"]]
-            tasks = [compare_table.part(run)["tasks"] for run in runs["routed"]]
-            averages = [
-                100 * sum(row[task] for task in names) / len(names) for row, names in zip(scores, tasks, strict=True)
-            ]
-            if averages:
-                rows[mode] = [averages]
-        stages = [
-            max(run.document["routing"]["accuracy"].items(), key=lambda item: int(item[0]))[1] for run in runs["routed"]
-        ]
-        if not rows:
-            continue
-        lines += [
-            f"{order}:",
-            "",
-            "| method | average | BWT | learning accuracy | seeds |",
-            "| --- | --- | --- | --- | --- |",
-        ]
-        for method, values in rows.items():
-            cells = [compare_table.Mean.of(column).text() for column in values]
-            cells += ["0 by construction", "-"] if method == "oracle" else ["-", "-"] if method == "base" else []
-            lines.append(f"| {method} | {' | '.join(cells)} | {len(values[0])} |")
-        if stages:
-            lines += [
-                "",
-                f"Routing accuracy after the last task: {compare_table.Mean.of([100 * s for s in stages]).text()} %.",
-                "",
-            ]
+    by_order: dict[str, dict[str, list[Any]]] = {}
+    for run in compare_table.read(folder)[0]:
+        if not {"cost", "equal-time"} & set(run.folder.parts):
+            made = compare_table.part(run)
+            by_order.setdefault(made["order"], {}).setdefault(made["method"], []).append(run)
+    tables = [_order_table(order, runs) for order, runs in by_order.items() if {"sequential", "routed"} & runs.keys()]
+    return "\n".join(tables)
+
+
+def _order_table(order: str, runs: Mapping[str, Sequence[Any]]) -> str:
+    """:func:`stream_table` of one order, from its runs by method."""
+    lines = [
+        f"{order}:",
+        "",
+        "| method | average | BWT | learning accuracy | seeds |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for method in ("sequential", "routed"):
+        if found := [compare_table.figures(run) for run in runs.get(method, ())]:
+            columns = ("average", "backward_transfer", "learning_accuracy")
+            cells = [_mean([figures[column] for figures in found]) for column in columns]
+            lines.append(f"| {method} | {' | '.join(cells)} | {len(found)} |")
+    if routed := [(run.document["routing"], compare_table.part(run)["tasks"]) for run in runs.get("routed", ())]:
+        for mode, rest in (("oracle", "0 by construction | -"), ("base", "- | -")):
+            averages = [100 * sum(found["scores"][mode][t] for t in tasks) / len(tasks) for found, tasks in routed]
+            lines.append(f"| {mode} | {_mean(averages)} | {rest} | {len(averages)} |")
+        last = [100 * max(found["accuracy"].items(), key=lambda item: int(item[0]))[1] for found, _ in routed]
+        lines += ["", f"Routing accuracy after the last task: {_mean(last)} %.", ""]
     return "\n".join(lines)
+
+
+def _mean(values: Sequence[float | None]) -> str:
+    return compare_table.Mean.of(values).text()
 
 
 def tiny_assets(folder: Path) -> Path:

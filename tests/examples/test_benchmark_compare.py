@@ -72,6 +72,11 @@ def config(tmp_path: Path) -> Path:
     return tmp_path / "compare.yaml"
 
 
+def one_run(config: Path, out: Path) -> list[str]:
+    """The command for a single run of ``sequential``."""
+    return ["run", "--config", str(config), "--out", str(out), "--methods", "sequential", "--seeds", "0"]
+
+
 def test_runs_tables_and_reports(
     compare: Any, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,17 +167,7 @@ def test_chosen_settings_reach_the_methods_that_were_not_tuned(compare: Any, con
 def test_a_run_that_another_process_is_at_is_left_to_it(compare: Any, config: Path, tmp_path: Path) -> None:
     folder = tmp_path / "o" / "two" / "sequential" / "seed_0"
     folder.mkdir(parents=True)
-    arguments = [
-        "run",
-        "--config",
-        str(config),
-        "--out",
-        str(tmp_path / "o"),
-        "--methods",
-        "sequential",
-        "--seeds",
-        "0",
-    ]
+    arguments = one_run(config, tmp_path / "o")
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert compare.main(arguments) == 0
@@ -254,17 +249,7 @@ def test_half_written_and_foreign_files_are_listed(compare: Any, config: Path, t
 
 
 def test_a_half_written_result_is_run_again(compare: Any, config: Path, tmp_path: Path) -> None:
-    arguments = [
-        "run",
-        "--config",
-        str(config),
-        "--out",
-        str(tmp_path / "o"),
-        "--methods",
-        "sequential",
-        "--seeds",
-        "0",
-    ]
+    arguments = one_run(config, tmp_path / "o")
     assert compare.main(arguments) == 0
     file = tmp_path / "o" / "two" / "sequential" / "seed_0" / "task_matrix.json"
     whole = json.loads(file.read_text())["figures"]
