@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import socket
 import traceback
@@ -34,6 +35,7 @@ def _enter(rank: int, fn: Callable[..., Any], nprocs: int, port: int, args: tupl
         OMP_NUM_THREADS="1",
     )
     torch.set_num_threads(1)
+    faulthandler.enable()  # a process that a signal ends says where it was
     try:
         fn(rank, *args)
         if torch.distributed.is_initialized():
