@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from lightning_cl.anatomy import CACHE_NAMES, pretrained_model
 
 _FLAG = "_lightning_cl_prepared"
+#: Attribute of the linear layers of a block whose activations are computed again in the backward pass.
+RECOMPUTED = "_lightning_cl_recomputed"
 _VARIANTS = 64
 
 
@@ -84,6 +86,9 @@ def prepare_blocks(module: nn.Module, blocks: list[str], recompute: bool = False
         if was != (recompute, compile):
             block.forward = _prepared(block, original, recompute, compile) if recompute or compile else original
             block.__dict__[_FLAG] = original, (recompute, compile)
+            for part in block.modules():
+                if isinstance(part, nn.Linear):
+                    setattr(part, RECOMPUTED, recompute)
 
 
 def _prepared(block: nn.Module, forward: Callable[..., Any], recompute: bool, compile: bool) -> Callable[..., Any]:

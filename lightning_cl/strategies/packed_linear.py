@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The product with a packed 4-bit weight as an operator that compiled blocks can compute twice."""
+"""The product with a packed 4-bit weight, written out so that a compiled block can unpack its weights by itself."""
 
 from __future__ import annotations
 
@@ -7,76 +7,65 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-# bitsandbytes' product is an ``autograd.Function``. Up to torch 2.11 what a compiled block traces inside of one loses the
-# mark that activation checkpointing puts on its operators, so every such product was kept for the backward pass. An
-# operator with a derivative of its own carries the mark. It is defined by hand: ``torch.library.custom_op`` looks for
-# aliases in each call, which takes longer on the host than a small layer on the device.
-_LIBRARY = torch.library.Library("lightning_cl", "FRAGMENT")
-_NAME = "lightning_cl::packed_linear"
-_LIBRARY.define(
-    "packed_linear(Tensor x, Tensor packed, Tensor[] scales, int[] shape, int blocksize, int inner_blocksize,"
-    " str quant_type, ScalarType dtype) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 
-def packed_linear(x: Tensor, packed: Tensor, state: Any) -> Tensor:
-    """``x @ W.T`` for a packed ``W``, differentiable in ``x``.
+def packed_linear(x: Tensor, packed: Tensor, state: Any, recomputed: bool = False) -> Tensor:
+    """``x @ W.T`` for a packed ``W`` in PyTorch's own operations; differentiable in ``x``.
+
+    In eager mode bitsandbytes' kernels are faster. In a compiled block each of their calls passes through Python, which
+    takes longer on the host than a small layer on the device; of the operations here the compiler makes one kernel a
+    weight. The unpacked weight is not kept for the backward pass, which unpacks it once more: without the mark that
+    ``checkpoint`` puts on it, the compiler would keep it.
 
     Args:
         x: ``[..., in_features]`` in the compute dtype.
         packed: the packed weight, ``[N, 1]``.
         state: bitsandbytes' ``QuantState`` of the weight, with or without double quantization.
+        recomputed: a ``checkpoint`` around the caller marks it already; with torch 2.11 one inside of another would keep
+            products.
 
     Returns:
         ``[..., out_features]`` in the dtype of ``x``.
     """
-    scales, inner = [state.absmax], 0
-    if state.nested:
-        scales, inner = [state.absmax, state.offset, state.state2.absmax, state.state2.code], state.state2.blocksize
-    return torch.ops.lightning_cl.packed_linear.default(
-        x, packed, scales, list(state.shape), state.blocksize, inner, state.quant_type, state.dtype
+
+    def product(x: Tensor, packed: Tensor) -> Tensor:
+        return F.linear(x, unpacked(packed, state).to(x.dtype))
+
+    return (
+        product(x, packed)
+        if recomputed
+        else checkpoint(product, x, packed, use_reentrant=False, preserve_rng_state=False)
     )
 
 
-@torch.library.impl(_LIBRARY, "packed_linear", "CompositeExplicitAutograd")
-def _forward(x: Tensor, packed: Tensor, scales: list[Tensor], *rest: Any) -> Tensor:
-    import bitsandbytes as bnb
+def unpacked(packed: Tensor, state: Any) -> Tensor:
+    """The full weight, as bitsandbytes' CUDA kernel gives it.
 
-    with torch.no_grad():
-        return bnb.matmul_4bit(x, packed, quant_state=_state(scales, *rest))
+    Dettmers et al. 2023 (arXiv 2305.14314), section 3: ``code[index] * absmax`` by blocks of the flat weight; under double
+    quantization the absmax are such products themselves, less their mean. bitsandbytes' CPU kernel (0.50) gives other
+    weights where blocks do not end with a row.
 
+    Args:
+        packed: ``[N, 1]`` in any dtype; each byte holds two indices, the first in its high half.
+        state: the ``QuantState``.
 
-@torch.library.register_fake(_NAME, lib=_LIBRARY)
-def _(x: Tensor, packed: Tensor, scales: list[Tensor], shape: list[int], *_: Any) -> Tensor:
-    return x.new_empty(*x.shape[:-1], shape[0])
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, packed, scales, *ctx.rest = inputs
-    ctx.save_for_backward(packed, *scales)
-
-
-def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-    import bitsandbytes.functional as bnb
-
-    packed, *scales = ctx.saved_tensors
-    weight = bnb.dequantize_4bit(packed.view(-1, 1), _state(scales, *ctx.rest))
-    return gradient @ weight.to(gradient.dtype), None, [None] * len(scales), *[None] * len(ctx.rest)
-
-
-torch.library.register_autograd(_NAME, _backward, setup_context=_keep, lib=_LIBRARY)
+    Returns:
+        ``state.shape`` in ``state.dtype``.
+    """
+    absmax = state.absmax
+    if state.nested:
+        inner = state.state2
+        absmax = _scaled(inner.code[absmax.int()], inner.absmax, inner.blocksize) + state.offset
+    # As bytes, so that no kernel takes the bits for numbers.
+    pairs = packed.view(torch.uint8).view(-1, 1)
+    halves = 4 - 4 * torch.arange(2, dtype=torch.uint8, device=packed.device)
+    indices = ((pairs >> halves) & 15).view(-1)[: state.shape.numel()]
+    return _scaled(state.code[indices.int()], absmax, state.blocksize).to(state.dtype).view(state.shape)
 
 
-def _state(
-    scales: list[Tensor], shape: list[int], blocksize: int, inner_blocksize: int, quant_type: str, dtype: torch.dtype
-) -> Any:
-    from bitsandbytes.functional import QuantState
-
-    nested: dict[str, Any] = {}
-    if inner_blocksize:
-        _, offset, absmax, code = scales
-        inner = QuantState(absmax, code=code, blocksize=inner_blocksize, dtype=torch.float32)
-        nested = {"offset": offset, "state2": inner}
-    return QuantState(scales[0], torch.Size(shape), None, blocksize, quant_type, dtype, **nested)
+def _scaled(values: Tensor, scales: Tensor, blocksize: int) -> Tensor:
+    missing = scales.numel() * blocksize - values.numel()
+    whole = F.pad(values, (0, missing)) if missing else values
+    return (whole.view(-1, blocksize) * scales[:, None]).view(-1)[: values.numel()]

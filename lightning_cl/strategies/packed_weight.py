@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import inspect
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,6 +42,29 @@ def ordinary(weight: Tensor) -> Tensor:
         return weight.detach().as_subclass(Tensor)
 
 
+class _Send:
+    """Gives a shard as integers, padded to the length that all ranks send.
+
+    FSDP2 counts the arguments of what it calls in each gather; Python takes a method's signature apart anew each time, but
+    an object's own signature as it is.
+    """
+
+    __slots__ = ("_shard",)
+
+    def __init__(self, shard: Tensor) -> None:
+        self._shard = shard
+
+    def __call__(
+        self, mesh: Any, outer_size: torch.Size, outer_stride: Any, module: Any, mp_policy: Any
+    ) -> tuple[tuple[Tensor, ...], None]:
+        shard = ordinary(self._shard).view(_INTEGERS[self._shard.dtype])
+        ranks = 1 if mesh is None else mesh.size()
+        missing = -(-outer_size[0] // ranks) - shard.shape[0]
+        return (F.pad(shard, (0, 0, 0, missing)) if missing else shard,), None
+
+    __signature__ = inspect.signature(partial(__call__, None))  # type: ignore[arg-type]
+
+
 class PackedWeight(Tensor):
     """A packed weight ``[N, 1]`` in a floating-point storage dtype, whose bits are codes and not numbers.
 
@@ -69,14 +93,10 @@ class PackedWeight(Tensor):
                 return out
             return tree_map_only(Tensor, lambda part: part.as_subclass(cls) if part.dtype in _INTEGERS else part, out)
 
-    def fsdp_pre_all_gather(
-        self, mesh: Any, outer_size: torch.Size, outer_stride: Any, module: Any, mp_policy: Any
-    ) -> tuple[tuple[Tensor, ...], None]:
-        """This rank's shard as integers, padded to the length that all ranks send."""
-        shard = ordinary(self).view(_INTEGERS[self.dtype])
-        ranks = 1 if mesh is None else mesh.size()
-        missing = -(-outer_size[0] // ranks) - shard.shape[0]
-        return (F.pad(shard, (0, 0, 0, missing)) if missing else shard,), None
+    @property
+    def fsdp_pre_all_gather(self) -> _Send:
+        """What FSDP2 calls for this rank's part of a gather."""
+        return _Send(self)
 
     def fsdp_post_all_gather(
         self, gathered: tuple[Tensor, ...], metadata: Any, param_dtype: torch.dtype, *, out: Tensor | None = None
@@ -86,7 +106,3 @@ class PackedWeight(Tensor):
             # FSDP2 gathers into the same memory each time, of which `out` is a view.
             return None
         return gathered[0].view(self.dtype), ()
-
-
-# FSDP2 looks at the number of arguments in each gather, and Python takes a signature apart anew each time.
-PackedWeight.fsdp_pre_all_gather.__signature__ = inspect.signature(PackedWeight.fsdp_pre_all_gather)  # type: ignore[attr-defined]

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_cl.anatomy import adapter_layers, pretrained_model
+from lightning_cl.strategies.blocks import RECOMPUTED
 from lightning_cl.strategies.config import QuantizationConfig
 from lightning_cl.strategies.packed_linear import packed_linear
 from lightning_cl.strategies.packed_weight import PackedWeight, ordinary
@@ -217,14 +218,16 @@ def _linear_4bit() -> type[Any]:
         """bitsandbytes' layer, with its state in the module instead of in a tensor subclass.
 
         bitsandbytes' own forward replaces the parameter of a layer that FSDP holds, and repacks it in place in evaluation
-        on CPUs with AVX512-BF16, after which it cannot be trained on.
+        on CPUs with AVX512-BF16, after which it cannot be trained on. Its kernel for CPUs misreads weights whose rows are no
+        whole blocks.
         """
 
         def forward(self, x: Tensor) -> Tensor:
             compute = x.dtype if self.compute_dtype is None else self.compute_dtype
             bias = None if self.bias is None else self.bias.to(compute)
-            if torch.compiler.is_compiling():
-                out = packed_linear(x.to(compute), self.weight, self.quant_state)
+            misread = x.device.type == "cpu" and self.in_features % self.quant_state.blocksize
+            if torch.compiler.is_compiling() or misread:
+                out = packed_linear(x.to(compute), self.weight, self.quant_state, getattr(self, RECOMPUTED, False))
                 return (out if bias is None else out + bias).to(x.dtype)
             out = bnb.matmul_4bit(x.to(compute), self.weight, bias=bias, quant_state=self.quant_state)
             return out.to(x.dtype)
@@ -316,6 +319,7 @@ def _pack(
     new.quant_state = state
     new.bias = layer.bias
     new.train(layer.training)
+    setattr(new, RECOMPUTED, getattr(layer, RECOMPUTED, False))
     return new
 
 

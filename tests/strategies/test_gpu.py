@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_cl.strategies import CLSingleDeviceStrategy
 from lightning_cl.strategies.checkpoint import verify_checkpoint
+from lightning_cl.strategies.packed_linear import unpacked
 from tests.helpers import models, spawn
 from tests.strategies import workers
 
@@ -34,18 +35,20 @@ def _fit(folder: Path, module: Any, devices: int = 1, loader: Any = None, **kwar
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_one_gpu_4bit_training_equals_training_on_the_dequantized_base(tmp_path: Path, quant_type: Any) -> None:
-    import bitsandbytes.functional as F
-
     reference, module = _module(), _module()
-    with torch.no_grad():
-        for name, layer in reference.named_modules():
-            if type(layer) is torch.nn.Linear and "lora" not in name and "lm_head" not in name:
-                packed, state = F.quantize_4bit(
-                    layer.weight.cuda(), compress_statistics=True, quant_type=quant_type, quant_storage=torch.float32
-                )
-                layer.weight.copy_(F.dequantize_4bit(packed, state))
+    workers.round_to_4_bits(reference, quant_type, "cuda")
     found = _fit(tmp_path, module, strategy=CLSingleDeviceStrategy(quantization=quant_type))
     workers.close(found, _fit(tmp_path, reference), atol=1e-3)
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_generated_code_unpacks_what_the_cuda_kernel_does(double: bool) -> None:
+    import bitsandbytes.functional as F
+
+    weight = torch.randn(2048, 128, dtype=torch.bfloat16, device="cuda")
+    packed, state = F.quantize_4bit(weight, compress_statistics=double, quant_type="nf4", quant_storage=torch.bfloat16)
+    packed.view(torch.int16)[:, 0] = torch.arange(2**16, device="cuda").to(torch.int16)
+    assert torch.equal(torch.compile(unpacked)(packed, state), F.dequantize_4bit(packed, state))
 
 
 @pytest.mark.parametrize("quantization", [None, "nf4"])

@@ -108,18 +108,10 @@ def test_module_trains_twice_with_one_strategy_and_two(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_4bit_training_equals_training_on_the_dequantized_base(tmp_path: Path, quant_type: Any) -> None:
-    import bitsandbytes.functional as F
-
     module = workers.plain(also=["norm"])
     reference = workers.plain(also=["norm"])
     trainer = _trainer(tmp_path, strategy=CLSingleDeviceStrategy(quantization=quant_type))
-    with torch.no_grad():
-        for name, layer in reference.named_modules():
-            if type(layer) is torch.nn.Linear and "lora" not in name and "lm_head" not in name:
-                packed, state = F.quantize_4bit(
-                    layer.weight, compress_statistics=True, quant_type=quant_type, quant_storage=torch.float32
-                )
-                layer.weight.copy_(F.dequantize_4bit(packed, state))
+    workers.round_to_4_bits(reference, quant_type, "cpu")
     trainer.fit(module, models.loader())
     _trainer(tmp_path).fit(reference, models.loader())
     assert len(trainer.strategy.quantized_layers) == 14

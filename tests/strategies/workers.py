@@ -110,3 +110,32 @@ def close(first: dict[str, Tensor], second: dict[str, Tensor], atol: float = 1e-
     assert first.keys() == second.keys()
     for name in first:
         torch.testing.assert_close(first[name], second[name], atol=atol, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def dequantized(packed: Tensor, state: Any) -> Tensor:
+    """The weight of packed 4-bit indices, one number after the other; bitsandbytes' own CPU kernel misreads some shapes."""
+    import bitsandbytes.functional as bnb
+
+    absmax = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
+    pairs, scales, code = (t.tolist() for t in (packed.flatten().view(torch.uint8), absmax, state.code))
+    found = []
+    for i in range(state.shape.numel()):
+        index = pairs[i // 2] >> 4 if i % 2 == 0 else pairs[i // 2] & 15
+        found.append(code[index] * scales[i // state.blocksize])
+    return torch.tensor(found).to(packed.device, state.dtype).view(state.shape)
+
+
+def round_to_4_bits(module: pl.LightningModule, quant_type: str, device: str) -> None:
+    """Give the frozen linear layers the full-precision weights that their 4-bit form stands for."""
+    import bitsandbytes.functional as bnb
+
+    with torch.no_grad():
+        for name, layer in module.named_modules():
+            if type(layer) is torch.nn.Linear and "lora" not in name and "lm_head" not in name:
+                packed, state = bnb.quantize_4bit(
+                    layer.weight.to(device),
+                    compress_statistics=True,
+                    quant_type=quant_type,
+                    quant_storage=torch.float32,
+                )
+                layer.weight.copy_(dequantized(packed, state))
