@@ -17,7 +17,6 @@ import argparse
 import contextlib
 import gc
 import json
-import logging
 import os
 import signal
 import statistics
@@ -25,7 +24,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,6 +32,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
+from training import DEVICE, make_base, make_rows, quiet, sync
 
 from lightning_cl import CausalLMModule, Task, TaskStream, fit_stream
 from lightning_cl import callbacks as cl
@@ -42,46 +41,14 @@ from lightning_cl.report.provenance import provenance
 from lightning_cl.strategies import BackgroundCheckpointIO, CLSingleDeviceStrategy
 from lightning_cl.stream import files
 
-CUDA = torch.cuda.is_available()
-LLAMA_8B: dict[str, Any] = {
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "rope_theta": 500000.0,
-}
-TINY: dict[str, Any] = {
-    "vocab_size": 512,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
+CUDA = DEVICE == "cuda"
+SHAPE = {True: "tiny", False: "llama-8b"}
 
 
 def make_module(tiny: bool) -> CausalLMModule:
     """Random weights made where they stay, with LoRA on all linear layers."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16 if CUDA else torch.float32)
-    try:
-        with torch.device("cuda" if CUDA else "cpu"):
-            base = LlamaForCausalLM(LlamaConfig(**(TINY if tiny else LLAMA_8B), tie_word_embeddings=False))
-    finally:
-        torch.set_default_dtype(default)
+    base = make_base(SHAPE[tiny], rope_theta=500000.0)
     return CausalLMModule(base, lora={"r": 16, "lora_alpha": 32}, lr=1e-4)
-
-
-def make_rows(tiny: bool, count: int, tokens: int, seed: int) -> list[dict[str, Tensor]]:
-    """Rows of random tokens, all labelled."""
-    vocabulary = (TINY if tiny else LLAMA_8B)["vocab_size"]
-    ids = torch.randint(0, vocabulary, (count, tokens), generator=torch.Generator().manual_seed(seed))
-    return [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row.clone()} for row in ids]
 
 
 def stack(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -146,12 +113,6 @@ class Done(BaseException):
     """Enough was measured: the run ends here, as if killed."""
 
 
-def sync() -> None:
-    """Wait for the device."""
-    if CUDA:
-        torch.cuda.synchronize()
-
-
 def run(
     module: CausalLMModule,
     folder: Path,
@@ -161,8 +122,8 @@ def run(
     ckpt_path: str | None = None,
 ) -> None:
     """A stream of one task until ``steps`` ends it."""
-    tokens, tiny = args.tokens, args.tiny
-    general = GeneralSamples(make_rows(tiny, args.samples, tokens // 2, 1), args.samples, max_tokens=tokens // 2)
+    tokens, shape = args.tokens, SHAPE[args.tiny]
+    general = GeneralSamples(make_rows(shape, args.samples, tokens // 2, 1), args.samples, max_tokens=tokens // 2)
     active: list[Any] = [
         cl.ReplayMixer([general, EpisodicMemory(500)], rows_per_batch=2),
         cl.ReplayDistillation(),
@@ -187,7 +148,7 @@ def run(
         callbacks=[*active, steps],
     )
     task = Task(
-        "a", train=make_rows(tiny, 4096 // tokens * 64, tokens, 2), val=make_rows(tiny, 4, tokens, 3), metric="loss"
+        "a", train=make_rows(shape, 4096 // tokens * 64, tokens, 2), val=make_rows(shape, 4, tokens, 3), metric="loss"
     )
     fit_stream(
         trainer, module, TaskStream([task], batch_size=args.batch, collate_fn=stack, seed=0), ckpt_path=ckpt_path
@@ -295,8 +256,7 @@ def resume(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Train, kill, resume; print and write the figures."""
     args = parse(argv)
-    warnings.filterwarnings("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    quiet()
     if args.part is not None:
         (train if args.part == "train" else resume)(args)
         return 0

@@ -25,14 +25,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
-import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,47 +37,15 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DataLoader
+from training import DEVICE, DTYPE, SHAPES, Plain, make_base, make_rows, quiet, sync
 
 from lightning_cl.callbacks import ReplayDistillation, ReplayMixer
 from lightning_cl.functional import distillation_loss
 from lightning_cl.replay import SelfGenerated
 from lightning_cl.replay.generation import DecodeEngine
+from lightning_cl.report.provenance import provenance
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "smollm2-135m": {
-        "vocab_size": 49152,
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-    },
-    "llama-1b": {
-        "vocab_size": 128256,
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-    },
-    "tiny": {
-        "vocab_size": 128,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    },
-}
 PARTS = ("decode", "cost", "distillation", "past")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-
-
-def sync() -> None:
-    """Wait for the device."""
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
 
 
 def seconds_of(work: Callable[[], Any]) -> float:
@@ -95,13 +58,8 @@ def seconds_of(work: Callable[[], Any]) -> float:
 
 
 def make_model(shape: str, lora: bool) -> Any:
-    """A causal LM with random weights, on the device."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(**SHAPES[shape], tie_word_embeddings=True, max_position_embeddings=2048, bos_token_id=1)
-    with torch.device(DEVICE):
-        model = LlamaForCausalLM(config).to(DTYPE)
+    """A causal LM with random weights that never ends a row, on the device."""
+    model = make_base(shape, tie_word_embeddings=True, max_position_embeddings=2048, bos_token_id=1)
     model.generation_config.eos_token_id = None
     if not lora:
         return model
@@ -200,20 +158,6 @@ def decode(shape: str, rows: int, length: int, with_compile: bool, lora: bool) -
     }
 
 
-class Plain(pl.LightningModule):
-    """An ordinary LightningModule."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        return self.model(**batch, use_cache=False).loss
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-4, fused=DEVICE == "cuda")
-
-
 def one_fit(module: Plain, data: DataLoader, steps: int, callbacks: list[Any]) -> float:
     """Wall time of a fit."""
     with tempfile.TemporaryDirectory() as folder:
@@ -234,10 +178,7 @@ def one_fit(module: Plain, data: DataLoader, steps: int, callbacks: list[Any]) -
 
 def cost(shape: str, steps: int, length: int, pool: int, repeats: int, replayed: list[int]) -> dict[str, Any]:
     """The method's whole wall time over plain fine-tuning's."""
-    vocabulary = SHAPES[shape]["vocab_size"]
-    ids = torch.randint(0, vocabulary, (64, length), generator=torch.Generator().manual_seed(0))
-    rows = [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row.clone()} for row in ids]
-    data = DataLoader(rows, batch_size=32)  # type: ignore[arg-type]
+    data = DataLoader(make_rows(shape, 64, length, 0), batch_size=32)  # type: ignore[arg-type]
     module = Plain(make_model(shape, lora=True))
 
     def method(replay: int, count: int, made: int, seed: int) -> tuple[float, float]:
@@ -380,14 +321,6 @@ class Yields(pl.Callback):
             self.found[trainer.datamodule.current_task.name] = (self.source.available(), made, texts)
 
 
-def _commit() -> str | None:
-    folder, command = Path(__file__).parent, ["git", "rev-parse", "--short", "HEAD"]
-    try:
-        return subprocess.check_output(command, cwd=folder, text=True, stderr=subprocess.DEVNULL).strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Run the chosen parts and write their figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -402,15 +335,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--tiny", action="store_true", help="seconds on a CPU, to check the script")
     parser.add_argument("--out", type=Path, default=None, help="JSON file to write")
     options = parser.parse_args(arguments)
-    warnings.filterwarnings("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    quiet()
     shapes = ["tiny"] if options.tiny else [options.shape] if options.shape else ["smollm2-135m", "llama-1b"]
-    result: dict[str, Any] = {
-        "command": " ".join(["python", "examples/benchmark/selfgenerated.py", *(arguments or sys.argv[1:])]),
-        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else platform.processor() or "cpu",
-        "torch": torch.__version__,
-        "commit": _commit(),
-    }
+    result: dict[str, Any] = provenance()
 
     def decodings() -> Any:
         size = (8, 24) if options.tiny else (256, options.length)

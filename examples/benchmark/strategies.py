@@ -28,9 +28,7 @@ import itertools
 import json
 import logging
 import os
-import platform
 import statistics
-import subprocess
 import tempfile
 import threading
 import time
@@ -44,43 +42,17 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
+from training import DTYPE, SHAPES, make_rows, sync
+from training import make_base as make_random
 
 import lightning_cl
+from lightning_cl.report.provenance import provenance
 from lightning_cl.strategies import CLFSDPStrategy, CLSingleDeviceStrategy
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama-8b": {
-        "vocab_size": 128256,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "rope_theta": 500000.0,
-    },
-    "llama-1b": {
-        "vocab_size": 128256,
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "rope_theta": 500000.0,
-    },
-    "tiny": {
-        "vocab_size": 128,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    },
-}
 CUDA = torch.cuda.is_available()
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 RANK = int(os.environ.get("RANK", 0))
 DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if CUDA else torch.device("cpu")
-DTYPE = torch.bfloat16 if CUDA else torch.float32
 
 
 @dataclass
@@ -135,12 +107,9 @@ class Results:
         for line in values.get("top", ()):
             print(f"    {line['ms']:8.2f} ms {line['calls']:6d} x {line['kernel']}")
         if self.args.out:
-            where = torch.cuda.get_device_name() if CUDA else f"CPU {platform.machine()}"
             document = {
-                "command": "examples/benchmark/strategies.py",
-                "hardware": f"{WORLD} x {where}",
-                "commit": commit(),
-                "torch": torch.__version__,
+                **provenance(),
+                "processes": WORLD,
                 "shape": self.args.shape,
                 "tokens": self.args.tokens,
                 "matrix_tflops": self.matrix_flops / 1e12,
@@ -170,18 +139,8 @@ class Results:
 
 
 def make_base(shape: str, dtype: torch.dtype = DTYPE) -> Any:
-    """Random weights, made on the device."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with DEVICE:
-            model = LlamaForCausalLM(LlamaConfig(**SHAPES[shape], tie_word_embeddings=False))
-    finally:
-        torch.set_default_dtype(default)
-    return model.train()
+    """Random weights on this process's device."""
+    return make_random(shape, DEVICE, dtype, tie_word_embeddings=False, rope_theta=500000.0).train()
 
 
 def add_lora(model: Any) -> Any:
@@ -202,12 +161,6 @@ def make_tokenizer() -> Any:
 
     words = Tokenizer(WordLevel({"<pad>": 0, "<eos>": 1, "<unk>": 2}, unk_token="<unk>"))
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
-
-
-def make_rows(shape: str, count: int, tokens: int, seed: int = 0) -> list[dict[str, Tensor]]:
-    """Rows of random tokens, all labelled."""
-    ids = torch.randint(0, SHAPES[shape]["vocab_size"], (count, tokens), generator=torch.Generator().manual_seed(seed))
-    return [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row.clone()} for row in ids]
 
 
 class Plain(pl.LightningModule):
@@ -292,12 +245,6 @@ def kernels(profiler: Any, steps: int) -> list[dict[str, Any]]:
         {"kernel": e.key[:100], "ms": e.self_device_time_total / 1e3 / steps, "calls": e.count // steps}
         for e in found[:22]
     ]
-
-
-def sync() -> None:
-    """Wait for the device."""
-    if CUDA:
-        torch.cuda.synchronize()
 
 
 def free() -> None:
@@ -552,15 +499,6 @@ def flops_per_token(shape: str, tokens: int) -> float:
     return 4 * (frozen + head) + 6 * lora + attention
 
 
-def commit() -> str:
-    """The commit of the code, where git knows it."""
-    with contextlib.suppress(OSError):
-        command = ["git", "rev-parse", "--short", "HEAD"]
-        found = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
-        return found.stdout.strip() or "unknown"
-    return "unknown"
-
-
 # ----------------------------------------------------------------------- the run
 
 
@@ -578,7 +516,7 @@ def main(argv: list[str] | None = None) -> int:
     results = Results(args, matrix_rate())
     references: dict[int, float] = {}
     if RANK == 0:
-        print(f"matrix product {results.matrix_flops / 1e12:.1f} TFLOP/s; commit {commit()}", flush=True)
+        print(f"matrix product {results.matrix_flops / 1e12:.1f} TFLOP/s; commit {provenance()['commit']}", flush=True)
     for name in args.cases or [*cases, *EXTRAS]:
         start = time.perf_counter()
         try:

@@ -75,18 +75,23 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def make_model(shape: str, lora: Mapping[str, Any] | None) -> Any:
-    """A causal LM with random weights on the device, with the LoRA layers that ``lora`` describes."""
+def make_base(shape: str, device: str | torch.device = DEVICE, dtype: torch.dtype = DTYPE, **changes: Any) -> Any:
+    """A causal LM with random weights made on the device; ``changes`` go over the shape's config."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     before = torch.get_default_dtype()
-    torch.set_default_dtype(DTYPE)
+    torch.set_default_dtype(dtype)
     try:
-        with torch.device(DEVICE):
-            model = LlamaForCausalLM(LlamaConfig(**SHAPES[shape]))
+        with torch.device(device):
+            return LlamaForCausalLM(LlamaConfig(**{**SHAPES[shape], **changes}))
     finally:
         torch.set_default_dtype(before)
+
+
+def make_model(shape: str, lora: Mapping[str, Any] | None) -> Any:
+    """Such a model, with the LoRA layers that ``lora`` describes."""
+    model = make_base(shape)
     if lora is None:
         return model
     from peft import LoraConfig, get_peft_model
@@ -94,14 +99,14 @@ def make_model(shape: str, lora: Mapping[str, Any] | None) -> Any:
     return get_peft_model(model, LoraConfig(**lora))
 
 
-def make_rows(shape: str, count: int, tokens: int, seed: int) -> list[dict[str, Tensor]]:
-    """Rows of random tokens, all of one length."""
+def make_rows(shape: str, count: int, tokens: int, seed: int = 0) -> list[dict[str, Tensor]]:
+    """Rows of random tokens, all of one length and labelled."""
     ids = torch.randint(0, SHAPES[shape]["vocab_size"], (count, tokens), generator=torch.Generator().manual_seed(seed))
     return [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row.clone()} for row in ids]
 
 
 class Plain(pl.LightningModule):
-    """An ordinary LightningModule."""
+    """An ordinary LightningModule: the model's own loss, over all logits at once."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
