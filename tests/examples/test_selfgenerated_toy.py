@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from examples.selfgenerated_toy import BOS, EOS, SEPARATOR, TASKS, Size, main, make_rows, run_sequence
+from examples.selfgenerated_toy import BOS, EOS, SEPARATOR, TASKS, Size, Toy, loss_of, main, make_rows, run_sequence
 
 SMALL = Size(width=48, digits=1, steps=200, batch=32, pool=256, rate=5e-3)
 
@@ -27,6 +27,15 @@ def test_rows_are_right(task: str) -> None:
             assert number == expected[task]
         else:
             assert answered == (asked[::-1] if task == "reverse" else sorted(asked))
+
+
+def test_what_is_forgotten_does_not_count_which_task_comes_next() -> None:
+    model = Toy(SMALL, 0)
+    data, _ = make_rows("sort", 5, SMALL.digits, torch.Generator().manual_seed(10**6))
+    with torch.no_grad():
+        scores = model.model(input_ids=data).logits.log_softmax(-1)
+    lost = [-scores[row, i - 1, data[row, i]] for row in range(5) for i in range(2, data.shape[1])]
+    assert loss_of(model, ("sort",), 5) == pytest.approx(float(torch.stack(lost).mean()), rel=1e-5)
 
 
 def test_self_generated_replay_keeps_the_first_task() -> None:
