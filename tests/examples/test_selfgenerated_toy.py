@@ -64,12 +64,3 @@ def test_every_study_runs(tmp_path: Path, study: str) -> None:
     main(["--tiny", "--study", study, "--out", str(out), "--device", "cpu", "--steps", "10"])
     assert json.loads(out.read_text())["study"] == study
     assert (tmp_path / f"{study}.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.slow
-def test_the_benchmark_runs(tmp_path: Path) -> None:
-    from examples.benchmark.selfgenerated import main as benchmark
-
-    out = tmp_path / "figures.json"
-    benchmark(["--tiny", "--out", str(out)])
-    assert set(json.loads(out.read_text())) >= {"decode", "cost", "distillation", "commit"}
