@@ -9,8 +9,8 @@ replay, about 100 % each with self-generated labels), and the paper's other ques
     python examples/selfgenerated_toy.py --study tokens --out tokens.json    # ... over pre-training tokens a parameter
     python examples/selfgenerated_toy.py --study rate --out rate.json        # ... against steps to one new-task score
 
-A few minutes on one GPU or on a CPU each; ``--tiny`` is a check of the script itself that takes seconds on a CPU. Every
-study writes a plot beside its JSON file. Seconds include the time that generation takes.
+The studies take 2 to 12 minutes each on one CPU core, the sequence longer; ``--tiny`` is a check of the script itself that
+takes seconds. Every study writes a plot beside its JSON file. Seconds include the time that generation takes.
 """
 
 from __future__ import annotations
