@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from lightning_cl.anatomy import CACHE_NAMES, pretrained_model
 
 _FLAG = "_lightning_cl_prepared"
-#: Attribute of the linear layers of a block whose activations are computed again in the backward pass.
+#: Attribute of the linear layers of a block whose activations are computed again in the backward pass: 4-bit ones, which may
+#: take a layer's place after its block was prepared, need to know that for their own product.
 RECOMPUTED = "_lightning_cl_recomputed"
 _VARIANTS = 64
 

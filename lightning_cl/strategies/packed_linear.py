@@ -33,11 +33,9 @@ def packed_linear(x: Tensor, packed: Tensor, state: Any, recomputed: bool = Fals
     def product(x: Tensor, packed: Tensor) -> Tensor:
         return F.linear(x, unpacked(packed, state).to(x.dtype))
 
-    return (
-        product(x, packed)
-        if recomputed
-        else checkpoint(product, x, packed, use_reentrant=False, preserve_rng_state=False)
-    )
+    if recomputed:
+        return product(x, packed)
+    return checkpoint(product, x, packed, use_reentrant=False, preserve_rng_state=False)
 
 
 def unpacked(packed: Tensor, state: Any) -> Tensor:

@@ -51,9 +51,10 @@ def test_every_byte_is_unpacked_in_compiled_code(double: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("double", [False, True])
-def test_value_and_gradient_are_those_of_the_unpacked_weight(dtype: torch.dtype, double: bool) -> None:
-    packed, state = _weight(dtype, "nf4", double)
+def test_value_and_gradient_are_those_of_the_unpacked_weight(dtype: torch.dtype, quant_type: str, double: bool) -> None:
+    packed, state = _weight(dtype, quant_type, double)
     weight = bnb.dequantize_4bit(packed, state)
     x = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
     upstream = torch.randn(2, 3, 48, generator=torch.Generator().manual_seed(2)).to(dtype)
