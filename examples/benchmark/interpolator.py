@@ -6,7 +6,8 @@ torchrun --nproc-per-node 2 examples/benchmark/interpolator.py --only fsdp --out
 python examples/benchmark/interpolator.py --tiny --out t.json          # two CPU cores: runs all but fsdp, means nothing
 
 consistency  the slow forward on 8 memory rows to 32, LoRA rank 16 in the shape of Llama-3-8B (random weights): its time
-             against the forward arithmetic that it must do.
+             against the forward arithmetic that it must do. With --compile-blocks all of it runs in compiled blocks, as
+            under `CLSingleDeviceStrategy(compile_blocks=True)`.
 average      the average alone: step time and memory against the same run without it, and Lightning's EMAWeightAveraging
              against its own neighbours. Both cost the same in each optimizer step whatever its batch, so a small batch,
              beside which a second model fits, shows their cost enlarged.
@@ -48,6 +49,7 @@ from training import (
 from lightning_cl import weights
 from lightning_cl.callbacks import LoRAInterpolator, ReplayMixer
 from lightning_cl.replay import GeneralSamples
+from lightning_cl.strategies import CLSingleDeviceStrategy
 
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
 
@@ -121,6 +123,8 @@ def time_forward(module: Plain, rows: list[dict[str, Tensor]], repeats: int = 5)
 
 def measure_consistency(args: argparse.Namespace, module: Plain, **kwargs: Any) -> dict[str, Any]:
     """The slow forward and the term on top of the same replay."""
+    if args.compile_blocks:
+        kwargs["make_strategy"] = lambda: CLSingleDeviceStrategy(compile_blocks=True)
     tokens, rows, replayed = args.replay_tokens, 32 if not args.tiny else 8, 8 if not args.tiny else 2
     task = make_rows(args.shape, rows * 4, tokens, 1)
     memory = make_rows(args.shape, 64, tokens, 2)
@@ -141,17 +145,18 @@ def measure_consistency(args: argparse.Namespace, module: Plain, **kwargs: Any) 
         "rows": rows,
         "memory_rows": replayed,
         "tokens": tokens,
+        "compiled": args.compile_blocks,
         **{f"{name}_ms": milliseconds(watches) for name, watches in found.items()},
         **{f"{name}_peak_gib": gib(watches) for name, watches in found.items()},
     }
-    if not kwargs:
+    if args.only != "fsdp":
         whole = time_forward(module, make_rows(args.shape, rows, tokens, 3))
         part = time_forward(module, make_rows(args.shape, replayed, tokens, 3))
         must = whole * replayed / rows
         figures |= {"forward_of_all_rows_ms": whole, "forward_of_memory_rows_ms": part, "must_ms": must}
     for name in ("last", "all"):
         figures[f"{name}_extra_ms"] = figures[f"{name}_ms"] - figures["replay_ms"]
-        if not kwargs:
+        if args.only != "fsdp":
             figures[f"{name}_extra_over_must"] = figures[f"{name}_extra_ms"] / must
     return figures
 
@@ -197,6 +202,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     parser.add_argument("--tiny", action="store_true", help="run everything in seconds, without meaning")
     parser.add_argument("--only", choices=["average", "consistency", "fsdp"], help="one part")
+    parser.add_argument("--compile-blocks", action="store_true", help="compiled blocks in the part consistency")
     parser.add_argument("--rows", type=int, default=2, help="rows of a batch of the part average")
     parser.add_argument("--tokens", type=int, default=1024, help="tokens of its rows")
     parser.add_argument("--replay-tokens", type=int, default=128, help="tokens a row of the part consistency")

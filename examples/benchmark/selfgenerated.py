@@ -14,7 +14,8 @@ decode        rows of 256 tokens, 256 at a time, from the plain model and from o
               cache once a step, at the bandwidth that a large copy reaches here, and that of the matrix products, at
               the rate of a large one.
 cost          a whole fit (LoRA as above) with a pool made at its start, generation included, against the same fit
-              without replay, at 32 + 8 and 32 + 4 rows of equal length.
+              without replay, at 32 + 8 and 32 + 4 rows of equal length. With ``--compile-blocks`` both run in compiled
+              blocks, as under ``CLSingleDeviceStrategy(compile_blocks=True)``.
 past          rows of past tasks made from their instructions alone, by SmolLM2-135M-Instruct after it learnt two tasks of
               the demo (``python examples/assets.py`` first): how many have their task's form, over
               ``prompt_loss_weight``. Only if asked for.
@@ -44,6 +45,7 @@ from lightning_cl.functional import distillation_loss
 from lightning_cl.replay import SelfGenerated
 from lightning_cl.replay.generation import DecodeEngine
 from lightning_cl.report.provenance import provenance
+from lightning_cl.strategies import CLSingleDeviceStrategy
 
 PARTS = ("decode", "cost", "distillation", "past")
 
@@ -158,7 +160,7 @@ def decode(shape: str, rows: int, length: int, with_compile: bool, lora: bool) -
     }
 
 
-def one_fit(module: Plain, data: DataLoader, steps: int, callbacks: list[Any]) -> float:
+def one_fit(module: Plain, data: DataLoader, steps: int, callbacks: list[Any], compiled: bool) -> float:
     """Wall time of a fit."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = pl.Trainer(
@@ -166,6 +168,7 @@ def one_fit(module: Plain, data: DataLoader, steps: int, callbacks: list[Any]) -
             max_epochs=-1,
             accelerator=DEVICE,
             devices=1,
+            strategy=CLSingleDeviceStrategy(compile_blocks=True) if compiled else "auto",
             callbacks=callbacks,
             logger=False,
             enable_checkpointing=False,
@@ -176,7 +179,9 @@ def one_fit(module: Plain, data: DataLoader, steps: int, callbacks: list[Any]) -
         return seconds_of(lambda: trainer.fit(module, data))
 
 
-def cost(shape: str, steps: int, length: int, pool: int, repeats: int, replayed: list[int]) -> dict[str, Any]:
+def cost(
+    shape: str, steps: int, length: int, pool: int, repeats: int, replayed: list[int], compiled: bool
+) -> dict[str, Any]:
     """The method's whole wall time over plain fine-tuning's."""
     data = DataLoader(make_rows(shape, 64, length, 0), batch_size=32)  # type: ignore[arg-type]
     module = Plain(make_model(shape, lora=True))
@@ -184,18 +189,25 @@ def cost(shape: str, steps: int, length: int, pool: int, repeats: int, replayed:
     def method(replay: int, count: int, made: int, seed: int) -> tuple[float, float]:
         source = SelfGenerated(made, length=length, seed=seed)
         callbacks = [ReplayMixer(source, rows_per_batch=replay), ReplayDistillation(weight=1.0)]
-        return one_fit(module, data, count, callbacks), source.seconds
+        return one_fit(module, data, count, callbacks, compiled), source.seconds
 
-    one_fit(module, data, 3, [])
-    method(replayed[0], 3, 16, 0)
+    one_fit(module, data, 3, [], compiled)
+    for count in replayed if compiled else replayed[:1]:  # each number of rows is compiled by itself
+        method(count, 3, 16, 0)
     names = {f"32+{count}": count for count in replayed}
     runs: dict[str, list[Any]] = {name: [] for name in ("plain", *names)}
     for repeat in range(repeats):  # interleaved, so that a clock that drifts touches all alike
-        runs["plain"].append(one_fit(module, data, steps, []))
+        runs["plain"].append(one_fit(module, data, steps, [], compiled))
         for name, count in names.items():
             runs[name].append(method(count, steps, pool, repeat + 1))
     plain = statistics.median(runs["plain"])
-    result: dict[str, Any] = {"steps": steps, "length": length, "pool_size": pool, "runs": runs}
+    result: dict[str, Any] = {
+        "steps": steps,
+        "length": length,
+        "pool_size": pool,
+        "compiled_blocks": compiled,
+        "runs": runs,
+    }
     for name in names:
         whole = statistics.median(seconds for seconds, _ in runs[name])
         made = statistics.median(seconds for _, seconds in runs[name])
@@ -326,6 +338,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", action="append", choices=PARTS, help="only this part; may be given again, in order")
     parser.add_argument("--compile", action="store_true", help="measure the compiled forms of decoding too")
+    parser.add_argument("--compile-blocks", action="store_true", help="compiled blocks in the part cost")
     parser.add_argument("--shape", choices=sorted(SHAPES), default=None, help="only this model (default: two)")
     parser.add_argument("--steps", type=int, default=60, help="optimizer steps of a fit (default: %(default)s)")
     parser.add_argument("--length", type=int, default=256, help="tokens a row (default: %(default)s)")
@@ -348,7 +361,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     def costs() -> Any:
         size = (3, 24, 16, 1) if options.tiny else (options.steps, options.length, options.pool, options.repeats)
         for shape in shapes:
-            yield shape, cost(shape, *size, options.replay_rows)
+            yield shape, cost(shape, *size, options.replay_rows, options.compile_blocks)
 
     def losses() -> Any:
         yield from distillation(*((2, 16, 128, 16) if options.tiny else (8, 512, 128256, 2048)))

@@ -77,6 +77,7 @@ MANY = {
     "fsdp bf16": Case({"compile_blocks": True}),
     "fsdp nf4": Case(_4BIT),
     "fsdp nf4 recompute": Case({**_4BIT, "activation_checkpointing": True}, rows=8),
+    "fsdp nf4 gathered": Case({**_4BIT, "reshard_after_forward": False}),
     "fsdp bf16 gathered": Case({"compile_blocks": True, "reshard_after_forward": False}),
     "fsdp bf16 prefetch": Case({"compile_blocks": True, "prefetch": 2}),
     "fsdp bf16 no-compile": Case({}),

@@ -222,11 +222,14 @@ class CLFSDPStrategy(ModelParallelStrategy):
         checks.raise_together(checks.groups(module, blocks, converted=not mixed and dtype is not torch.float32))
         prepare_blocks(module, blocks, self.activation_checkpointing, self.compile_blocks)
         probe: Any = None
+        assert self._device_mesh is not None
+        # A 4-bit weight that no other process holds a part of needs no gathering, which costs more than the product.
+        shardable = self.cpu_offload or self._device_mesh["shard"].size() > 1
 
         def before_block(name: str) -> None:
             nonlocal probe
             if self.quantization is not None or adopted(module):
-                done = quantize(module, self.quantization, self.root_device, dtype, part=name, shardable=True)
+                done = quantize(module, self.quantization, self.root_device, dtype, part=name, shardable=shardable)
                 if probe is None and done and (self.quantization is None or self.quantization.check):
                     probe = Probe(module, done[0])
             # Block by block, so that a model which is mapped from its file is never in memory as a whole.

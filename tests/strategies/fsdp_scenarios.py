@@ -159,6 +159,23 @@ def four_bit(rank: int, folder: Path) -> Any:
     return workers.whole(module)
 
 
+def four_bit_replicas(rank: int, folder: Path) -> Any:
+    """Two copies with a 4-bit base, their checkpoint with the base in it, and two shards that read it."""
+    module = workers.plain(also=("norm",), optimizer="sgd")
+    for seed in (0, 1):
+        strategy = workers.strategy(quantization="nf4", replicate=2, sharded_checkpoint=True, save_base=True)
+        trainer = workers.trainer(folder, strategy=strategy)
+        trainer.fit(module, models.loader(16, 4, seed=seed))
+    trainer.save_checkpoint(folder / "base.ckpt")
+    sharded = workers.plain(seed=5, also=("norm",))
+    workers.trainer(folder, strategy=workers.strategy(quantization="nf4", check_base=False)).validate(
+        sharded, models.loader(), ckpt_path=folder / "base.ckpt", verbose=False
+    )
+    packed = [[m.weight for m in net.modules() if type(m) is quantization.linear_4bit()] for net in (module, sharded)]
+    assert all(hasattr(part, "to_local") != hasattr(whole, "to_local") for whole, part in zip(*packed, strict=True))
+    return [workers.whole(net) for net in (module, sharded)], [workers.whole(net, False) for net in (module, sharded)]
+
+
 def their_four_bit(rank: int, folder: Path) -> Any:
     """A model that transformers' own class holds in 4 bits, under the strategy without quantization."""
     import bitsandbytes as bnb
@@ -277,6 +294,7 @@ ALL = [
     slow_weights,
     any_module,
     four_bit,
+    four_bit_replicas,
     their_four_bit,
     four_bit_bf16,
     options,

@@ -104,6 +104,22 @@ def test_4bit_under_fsdp_equals_4bit_on_one_device(ranks: Any, tmp_path: Path) -
     workers.close(workers.result(ranks, "four_bit")[0], expected, atol=1e-5)
 
 
+def test_4bit_replicas_keep_whole_packed_weights_and_train_the_same(ranks: Any, tmp_path: Path) -> None:
+    expected = _one(
+        tmp_path,
+        workers.plain(also=("norm",), optimizer="sgd"),
+        workers.rows_of_ranks(16, 4, 2),
+        workers.rows_of_ranks(16, 4, 2, seed=1),
+        strategy="cl_single_device_4bit",
+    )
+    for (trained, read), bases in workers.result(ranks, "four_bit_replicas"):
+        workers.close(trained, expected, atol=1e-5)
+        workers.close(read, trained, atol=0)
+        assert bases[0].keys() == bases[1].keys()
+        for name, value in bases[0].items():
+            assert torch.equal(bases[1][name], value), name
+
+
 def test_4bit_layers_of_transformers_under_fsdp(ranks: Any, tmp_path: Path) -> None:
     module = fsdp_scenarios.their_four_bit(-1, tmp_path)
     expected = _one(tmp_path, module, workers.rows_of_ranks(16, 4, 2))
