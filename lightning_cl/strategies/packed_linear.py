@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ def packed_linear(x: Tensor, packed: Tensor, state: Any, recomputed: bool = Fals
     In eager mode bitsandbytes' kernels are faster. In a compiled block each of their calls passes through Python, which
     takes longer on the host than a small layer on the device; of the operations here the compiler makes one kernel a
     weight. The unpacked weight is not kept for the backward pass, which unpacks it once more: without the mark that
-    ``checkpoint`` puts on it, the compiler would keep it.
+    ``checkpoint`` puts on it, the compiler would keep it. The product itself bears no mark there, since it would be
+    computed once more too; eager code has no other way to free the weight.
 
     Args:
         x: ``[..., in_features]`` in the compute dtype.
@@ -30,12 +32,18 @@ def packed_linear(x: Tensor, packed: Tensor, state: Any, recomputed: bool = Fals
         ``[..., out_features]`` in the dtype of ``x``.
     """
 
-    def product(x: Tensor, packed: Tensor) -> Tensor:
-        return F.linear(x, unpacked(packed, state).to(x.dtype))
+    def weight(packed: Tensor) -> Tensor:
+        return unpacked(packed, state).to(x.dtype)
 
+    def product(x: Tensor, packed: Tensor) -> Tensor:
+        return F.linear(x, weight(packed))
+
+    again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     if recomputed:
         return product(x, packed)
-    return checkpoint(product, x, packed, use_reentrant=False, preserve_rng_state=False)
+    if torch.compiler.is_compiling():
+        return F.linear(x, again(weight, packed))
+    return again(product, x, packed)
 
 
 def unpacked(packed: Tensor, state: Any) -> Tensor:

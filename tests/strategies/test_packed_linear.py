@@ -9,7 +9,10 @@ from typing import Any
 import bitsandbytes.functional as bnb
 import pytest
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import Tensor
+from torch._decomp import core_aten_decompositions
+from torch._dynamo.backends.common import aot_autograd
 
 from lightning_cl.strategies import quantization
 from lightning_cl.strategies.blocks import find_shard_blocks, prepare_blocks
@@ -108,6 +111,38 @@ def _kept(quantized: bool, recompute: bool, double: bool, monkeypatch: pytest.Mo
         loss = module.model(input_ids=ids, labels=ids, use_cache=False).loss
     loss.backward()
     return sum(kept.values())
+
+
+def _products(quantized: bool, recompute: bool, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Matrix products in the code of a block, forward and backward."""
+    counts: list[int] = []
+
+    def count(graph: Any, inputs: Any) -> Any:
+        counts.append(sum(node.target is torch.ops.aten.mm.default for node in graph.graph.nodes))
+        return make_boxed_func(graph.forward)
+
+    divided = aot_autograd(
+        fw_compiler=count,
+        bw_compiler=count,
+        partition_fn=min_cut_rematerialization_partition,
+        decompositions=core_aten_decompositions(),
+    )
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=divided))
+    torch.compiler.reset()
+    module = workers.plain(also=(), hidden_size=128, intermediate_size=512, num_attention_heads=4)
+    prepare_blocks(module, find_shard_blocks(module), recompute=recompute, compile=True)
+    if quantized:
+        quantization.quantize(module, QuantizationConfig("nf4"), torch.device("cpu"), torch.float32)
+    ids = torch.arange(64).view(2, 32)
+    module.model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    return sum(counts)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_block_computes_no_product_more_in_4_bits(recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    full, packed = (_products(quantized, recompute, monkeypatch) for quantized in (False, True))
+    assert full > 14
+    assert packed == full
 
 
 @pytest.mark.parametrize("double", [False, True])
