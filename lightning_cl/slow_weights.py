@@ -19,19 +19,18 @@ from lightning_cl.functional.interpolation import update_average_, warmup_decay
 Parameters = Mapping[str, nn.Parameter]
 
 
-def averaged_parameters(root: nn.Module, module: nn.Module, chosen: str) -> dict[str, nn.Parameter]:
+def averaged_parameters(module: nn.Module, chosen: str) -> dict[str, nn.Parameter]:
     """The trained parameters that are averaged, by name.
 
     Args:
-        root: the module that holds the parameters as they are sharded.
         module: the user's module.
         chosen: ``"auto"``, ``"lora"``, ``"trainable"`` or a pattern of names, as in ``LoRAInterpolator(parameters=...)``.
 
     Raises:
         MisconfigurationException: if there are none.
     """
-    weights.reshard(root)
-    trained = weights.trainable(root)
+    weights.reshard(module)
+    trained = weights.trainable(module)
     kind = type(module).__name__
     if chosen in ("auto", "lora") and not anatomy.has_lora(module):
         raise MisconfigurationException(

@@ -42,9 +42,10 @@ def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
     return {clean_name(name): p for name, p in module.named_parameters() if p.requires_grad}
 
 
-def sharding_root(trainer: Any, module: nn.Module) -> nn.Module:
-    """The module to give to the functions here: FSDP1 wraps the whole LightningModule in another one."""
-    model = trainer.strategy.model
+def sharding_root(module: nn.Module) -> nn.Module:
+    """The module that holds all parameters' shards: FSDP1 wraps a whole LightningModule in another one."""
+    trainer: Any = getattr(module, "_trainer", None)
+    model: Any = None if trainer is None else trainer.strategy.model
     return model if type(model).__name__ == "FullyShardedDataParallel" else module
 
 
@@ -270,7 +271,7 @@ class ShardingGroup:
 def sharding_groups(module: nn.Module) -> list[ShardingGroup]:
     """The groups of parameters that FSDP1 or FSDP2 has made in ``module``; they stay the same once it is sharded."""
     groups = []
-    for part in module.modules():
+    for part in sharding_root(module).modules():
         # Asked of the class: on an instance of `nn.Module`, looking for what is not there is slow.
         if hasattr(type(part), "_get_fsdp_state") and hasattr(type(part), "unshard"):
             groups += [_fsdp2_group(part, group) for group in _fsdp2_parameter_groups(part)]
@@ -348,7 +349,7 @@ class _FlatLayout:
 
 def _flat_layouts(module: nn.Module) -> dict[int, _FlatLayout]:
     layouts = {}
-    for part in module.modules():
+    for part in sharding_root(module).modules():
         handle = getattr(part, "_handle", None) if type(part).__name__ == "FullyShardedDataParallel" else None
         if handle is not None and handle.uses_sharded_strategy:
             for index, parameter in enumerate(handle.flat_param._params or ()):

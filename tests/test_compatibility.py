@@ -14,8 +14,8 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 
 import lightning_cl  # noqa: F401  (registers the strategies)
-from tests.callbacks.test_lora_interpolator_distributed import _fsdp1
 from tests.helpers import cases, spawn
+from tests.helpers.fsdp1 import cpu_fsdp1
 
 IN_PROCESS = ["auto", "cl_single_device", "cl_single_device_4bit", "manual optimization", "torch.compile"]
 SPAWNED = ["ddp", "cl_fsdp", "cl_fsdp_4bit", "fsdp"]
@@ -33,7 +33,7 @@ def _strategy(name: str) -> Any:
         "ddp": lambda: DDPStrategy(timeout=timedelta(seconds=90)),
         "cl_fsdp": lambda: CLFSDPStrategy(timeout=timedelta(seconds=90)),
         "cl_fsdp_4bit": lambda: CLFSDPStrategy(quantization="nf4", timeout=timedelta(seconds=90)),
-        "fsdp": _fsdp1,
+        "fsdp": cpu_fsdp1,
         "cl_single_device": "cl_single_device",
         "cl_single_device_4bit": "cl_single_device_4bit",
     }.get(name, "auto")

@@ -214,7 +214,7 @@ class ActivationMarginRegularizer(ContinualCallback):
     @override
     def on_task_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the layers, and ask for their activations on the replay rows."""
-        if weights.sharding_root(trainer, pl_module) is not pl_module:
+        if weights.sharding_root(pl_module) is not pl_module:
             raise MisconfigurationException(
                 "`ActivationMarginRegularizer` runs the network before training, and under"
                 f" `{type(trainer.strategy).__name__}` (FSDP1) the weights exist only inside a training step. Use FSDP2:"

@@ -12,7 +12,6 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from typing_extensions import override
 
-from lightning_cl import weights
 from lightning_cl.callbacks.base import ContinualCallback
 from lightning_cl.distributed import raise_together, rank
 from lightning_cl.forgetting_limit import ForgettingLimit
@@ -325,7 +324,7 @@ class ForgettingMonitor(ContinualCallback):
         """Add the last good weights. A collective call under sharding."""
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
         if self._limit.weights:
-            kept = self._limit.weights.state(weights.sharding_root(trainer, pl_module))
+            kept = self._limit.weights.state(pl_module)
             checkpoint[f"{self.state_key}.last_good"] = kept
 
     @override
@@ -419,7 +418,7 @@ class ForgettingMonitor(ContinualCallback):
             stream.stop(self.stop_reason)
 
     def _settle(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._limit.settle(weights.sharding_root(trainer, pl_module))
+        self._limit.settle(pl_module)
 
     # ---- what is shown
 

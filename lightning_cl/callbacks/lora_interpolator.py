@@ -157,8 +157,7 @@ class LoRAInterpolator(ContinualCallback):
     def on_task_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the parameters and ask for the slow forward on replay rows."""
         self._begun = False
-        root = weights.sharding_root(trainer, pl_module)
-        self._average.bind(root, averaged_parameters(root, pl_module, self.parameters))
+        self._average.bind(pl_module, averaged_parameters(pl_module, self.parameters))
         if self.export is not None and anatomy.peft_model(pl_module) is None:
             raise MisconfigurationException(
                 f"`LoRAInterpolator(export={self.export!r})` writes PEFT adapter folders, and"
@@ -193,7 +192,7 @@ class LoRAInterpolator(ContinualCallback):
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take in parameters that have started to train."""
-        chosen = averaged_parameters(weights.sharding_root(trainer, pl_module), pl_module, self.parameters)
+        chosen = averaged_parameters(pl_module, self.parameters)
         self._average.join({n: p for n, p in chosen.items() if n not in self._average.parameters})
 
     @override
@@ -337,7 +336,7 @@ class LoRAInterpolator(ContinualCallback):
         if self._begun:
             return
         self._begun = True
-        weights.reshard(weights.sharding_root(trainer, pl_module))
+        weights.reshard(pl_module)
         if self.evaluate_with == "slow" and not self._clock.in_task:
             self._average.restart_where_changed(trainer.strategy.reduce_boolean_decision)
         self._average.start()
@@ -406,7 +405,7 @@ class LoRAInterpolator(ContinualCallback):
             return
         self._evaluates_checkpoint = False
         if self.evaluate_with == "slow" and self._clock.in_task and self._average.whole():
-            self._average.bind_all(weights.sharding_root(trainer, pl_module))
+            self._average.bind_all(pl_module)
             self._average.start()
             self._average.hold()
 

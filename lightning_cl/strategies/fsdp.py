@@ -63,7 +63,8 @@ class CLFSDPStrategy(ModelParallelStrategy):
         sharded_checkpoint: write a folder, each rank its shards, instead of one file gathered on rank 0.
         save_base: keep the frozen base in checkpoints as well.
         check_base: refuse a checkpoint that was trained on another base.
-        process_group_backend: of ``torch.distributed``; None = nccl on GPUs, gloo on CPUs.
+        process_group_backend: of ``torch.distributed``; None = nccl on GPUs, with gloo beside it for ``cpu_offload``, and
+            gloo on CPUs.
         timeout: of collectives, after which a rank that died takes the others down.
 
     Raises:
@@ -161,6 +162,12 @@ class CLFSDPStrategy(ModelParallelStrategy):
             self._device_mesh = self._make_mesh()
         assert self.lightning_module is not None
         self.lightning_module._device_mesh = self._device_mesh
+
+    @override
+    def _get_process_group_backend(self) -> str:
+        if self._process_group_backend is None and self.cpu_offload and self.root_device.type == "cuda":
+            return "cpu:gloo,cuda:nccl"  # a checkpoint gathers shards in host memory, which NCCL cannot
+        return super()._get_process_group_backend()
 
     def _make_mesh(self) -> Any:
         from torch.distributed.device_mesh import init_device_mesh

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from lightning_cl.callbacks import LoRAInterpolator, ReplayMixer
 from lightning_cl.replay import EpisodicMemory
 from lightning_cl.replay.rows import layout_of, split_rows
 from tests.helpers import models, spawn
+from tests.helpers.fsdp1 import cpu_fsdp1
 
 
 class Sharded(models.PlainLM):
@@ -52,11 +52,10 @@ class Seen(Callback):
         self.validated: dict[str, Tensor] = {}
 
     def on_validation_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
-        root = weights.sharding_root(trainer, pl_module)
-        weights.reshard(root)
-        parameters = weights.trainable(root)
+        weights.reshard(pl_module)
+        parameters = weights.trainable(pl_module)
         shards = {n: weights.local(p) for n, p in parameters.items()}
-        self.validated = weights.gather(root, shards, parameters, everywhere=True)
+        self.validated = weights.gather(pl_module, shards, parameters, everywhere=True)
 
 
 def _module(everything: bool) -> Sharded:
@@ -125,24 +124,6 @@ def _fsdp2() -> Any:
     return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=False)
 
 
-class CpuFSDP1(FSDPStrategy):
-    """Lightning's FSDP1 strategy, which refuses the CPU; PyTorch's own FSDP1 runs there when it is told the device."""
-
-    def _setup_model(self, model: Any) -> Any:
-        from torch.distributed.fsdp import FullyShardedDataParallel
-        from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
-        from transformers.models.llama.modeling_llama import LlamaDecoderLayer
-
-        policy = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls={LlamaDecoderLayer})
-        return FullyShardedDataParallel(
-            model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu")
-        )
-
-
-def _fsdp1() -> Any:
-    return CpuFSDP1(state_dict_type="full", process_group_backend="gloo")
-
-
 def _worker(rank: int, folder: Path) -> None:
     fsdp2 = _run(folder / "fsdp2", 2, rank, _fsdp2, everything=True)
     resumed = _run(
@@ -154,7 +135,7 @@ def _worker(rank: int, folder: Path) -> None:
 
 def _fsdp1_worker(rank: int, folder: Path) -> None:
     # One task alone: Lightning cannot wrap a module with FSDP1 a second time. PyTorch cannot save it on the CPU.
-    spawn.save(folder, rank, _run(folder, 2, rank, _fsdp1, everything=True, tasks=(1,), save=False))
+    spawn.save(folder, rank, _run(folder, 2, rank, cpu_fsdp1, everything=True, tasks=(1,), save=False))
 
 
 def _gpu_fsdp1() -> Any:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from lightning_cl.replay import EpisodicMemory, GeneralSamples, SelfGenerated
 from lightning_cl.report.html import page
 from lightning_cl.report.run import find_runs
 from tests.helpers import spawn
+from tests.helpers.fsdp1 import cpu_fsdp1
 from tests.helpers.models import PlainLM, TokenRows, loader, lora, tiny_llama, trainer
 
 
@@ -392,6 +394,10 @@ DISTRIBUTED = [
     ("cl_fsdp", "full", "initial", False),
     ("cl_fsdp", "lora, head copied by modules_to_save", "initial", False),
     ("cl_fsdp", "full, tied", "initial", True),
+    ("fsdp", "lora, trained norm and tied embedding", "initial", False),
+    ("fsdp", "full, tied", "previous_task", False),
+    ("fsdp, one group", "lora, trained norm and tied embedding", "initial", False),
+    ("fsdp, one group", "full, tied", "previous_task", False),
 ]
 
 
@@ -405,8 +411,13 @@ def _two_ranks(rank: int, folder: Path) -> None:
     for strategy, kind, anchor, ours in DISTRIBUTED:
         module: Any = Ours(build(kind), 0.3) if ours else Recorder(build(kind), lr=0.3)
         callbacks = [ReplayMixer(general(), rows_per_batch=1), ReplayDistillation(2.0, anchor=anchor)]
-        chosen = DDPStrategy() if strategy == "ddp" else CLFSDPStrategy()
-        fit(folder, module, callbacks, strategy=chosen, devices=2)
+        make: Any = {
+            "ddp": DDPStrategy,
+            "cl_fsdp": CLFSDPStrategy,
+            "fsdp": cpu_fsdp1,
+            "fsdp, one group": partial(cpu_fsdp1, whole=True),
+        }[strategy]
+        fit(folder, module, callbacks, strategy=make(), devices=2)
         weights.reshard(module)
         found = weights.trainable(module)
         whole = weights.gather(module, {n: weights.local(p) for n, p in found.items()}, found, everywhere=True)

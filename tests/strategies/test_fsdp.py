@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_cl.strategies import CLFSDPStrategy
@@ -136,6 +137,13 @@ def test_4bit_storage_follows_the_compute_dtype(ranks: Any) -> None:
 def test_options_do_not_change_the_result(ranks: Any, tmp_path: Path, name: str) -> None:
     expected = _one(tmp_path, workers.plain(optimizer="sgd"), workers.rows_of_ranks(16, 4, 2))
     workers.close(workers.result(ranks, "options")[0][name], expected)
+
+
+@pytest.mark.parametrize(("offload", "backend"), [(True, "cpu:gloo,cuda:nccl"), (False, "nccl")])
+def test_shards_in_host_memory_have_a_backend_of_their_own(offload: bool, backend: str) -> None:
+    strategy = CLFSDPStrategy(cpu_offload=offload, cluster_environment=LightningEnvironment())
+    strategy.parallel_devices = [torch.device("cuda", 0)]
+    assert strategy._get_process_group_backend() == backend
 
 
 def test_changed_packed_bytes_stop_the_run_on_both_ranks(ranks: Any) -> None:
