@@ -316,8 +316,9 @@ class ReplayDistillation(ContinualCallback):
 
 
 def _rows(tensor: Tensor, group: list[int]) -> Tensor:
-    """The rows of a group; without an index (which would copy) where it is all of them."""
-    return tensor if len(group) == len(tensor) else tensor[torch.tensor(group, device=tensor.device)]
+    """The rows of a group, without a copy where they follow each other (an index also makes the host wait)."""
+    first, last = group[0], group[-1] + 1
+    return tensor[first:last] if last - first == len(group) else tensor[torch.tensor(group, device=tensor.device)]
 
 
 def _replay_sources(trainer: pl.Trainer) -> list[Any]:

@@ -20,7 +20,7 @@ from lightning_cl.data.encoding import Encoder, load_tokenizer
 from lightning_cl.modules.evaluation import Evaluation, Stage
 from lightning_cl.modules.option_scores import is_sharded, option_scores
 from lightning_cl.modules.schedules import Schedule, make_schedule
-from lightning_cl.modules.token_losses import TokenTargets, token_losses, token_targets
+from lightning_cl.modules.token_losses import Positions, TokenTargets, row_weights, token_losses, token_targets
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -165,8 +165,7 @@ class CausalLMModule(pl.LightningModule):
 
     def row_weights(self, batch: Mapping[str, Any]) -> Tensor:
         """The summed weights of each row's labelled tokens, float32 ``[B]``: what a row counts in the batch's mean."""
-        targets = token_targets(batch)
-        return targets.sum_by_row(targets.weights)
+        return row_weights(batch)
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Scores a batch by its metric."""
@@ -285,10 +284,9 @@ class CausalLMModule(pl.LightningModule):
         scored = targets
         if len(targets.targets) == 0:
             # One position all the same, with weight 0: every rank must run forward and backward.
-            mask = torch.zeros_like(targets.mask)
-            mask[0, 0] = True
             zero = targets.targets.new_zeros(1)
-            scored = TokenTargets(mask, zero, zero.float(), zero, targets.num_rows)
+            first = Positions(targets.positions.shape, zero)
+            scored = TokenTargets(first, zero, zero.float(), zero, targets.num_rows)
         losses = token_losses(self.model, batch, scored)
         total = scored.sum_by_row(losses * scored.weights)
         return total / targets.sum_by_row(targets.weights).clamp_min(1e-8), targets

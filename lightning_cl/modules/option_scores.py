@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_cl.distributed import gather_objects
-from lightning_cl.modules.token_losses import accepts, output_at
+from lightning_cl.modules.token_losses import Positions, accepts, output_at
 
 _CPU_CACHE_BYTES = 1 << 30
 
@@ -70,7 +70,7 @@ def _shared(model: nn.Module, batch: Mapping[str, Any]) -> Tensor | None:
     inputs = {"input_ids": batch["input_ids"], "attention_mask": prompt_mask}
     if accepts(model, "position_ids"):
         inputs["position_ids"] = positions(prompt_mask)
-    logits, output = output_at(model, inputs, last, use_cache=True)
+    logits, output = output_at(model, inputs, Positions.of(last), use_cache=True)
     cache = getattr(output, _cache_name(model), None)
     if not _can_branch(cache):
         return None
@@ -121,7 +121,7 @@ def _side_by_side(model: Any, cache: Any, batch: Mapping[str, Any]) -> Tensor:
     }
     if length == 1:
         scored[0, 0, 0] = True
-    logits, _ = output_at(model, inputs, scored.reshape(rows, options * steps), use_cache=True)
+    logits, _ = output_at(model, inputs, Positions.of(scored.reshape(rows, options * steps)), use_cache=True)
     if length == 1:
         return logits.new_zeros((rows, options, 0), dtype=torch.float32)
     return _gathered(logits, ids[:, :, 1:], mask[:, :, 1:])
@@ -144,7 +144,7 @@ def _continue(model: nn.Module, cache: Any, batch: Mapping[str, Any], part: slic
         start = prompt_mask.long().sum(-1).repeat_interleave(options)[:, None]
         inputs["position_ids"] = start + torch.arange(length - 1, device=ids.device)
     scored = mask[:, :, 1:].reshape(rows * options, length - 1)
-    logits, _ = output_at(model, inputs, scored, use_cache=True)
+    logits, _ = output_at(model, inputs, Positions.of(scored), use_cache=True)
     return _gathered(logits, ids[:, :, 1:], mask[:, :, 1:])
 
 
@@ -161,7 +161,7 @@ def _each(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
             inputs["position_ids"] = positions(whole)
         scored = torch.zeros_like(whole, dtype=torch.bool)
         scored[:, width - 1 : -1] = mask[:, option]
-        logits, _ = output_at(model, inputs, scored, use_cache=False)
+        logits, _ = output_at(model, inputs, Positions.of(scored), use_cache=False)
         logprobs[:, option] = _gathered(logits, ids[:, option], mask[:, option])
     return logprobs
 

@@ -29,19 +29,45 @@ _KNOWN_LOGITS: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _UNKNOWN_LOGITS: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
+@dataclass(frozen=True)
+class Positions:
+    """Some positions of a batch, as numbers: indexing by a mask makes the host wait for the device each time.
+
+    Attributes:
+        shape: ``(B, T)``.
+        index: int64 ``[N]``, the positions in row-major order.
+    """
+
+    shape: torch.Size
+    index: Tensor
+
+    @classmethod
+    def of(cls, mask: Tensor) -> Positions:
+        """Where a bool mask ``[B, T]`` is True."""
+        return cls(mask.shape, mask.flatten().nonzero()[:, 0])
+
+    def fits(self, values: Any) -> bool:
+        """Whether ``values`` is ``[B, T, ...]``."""
+        return isinstance(values, Tensor) and values.shape[:2] == self.shape
+
+    def take(self, values: Tensor) -> Tensor:
+        """``[N, ...]`` of ``[B, T, ...]``."""
+        return values.flatten(0, 1).index_select(0, self.index)
+
+
 @dataclass
 class TokenTargets:
     """What each position of a batch has to predict.
 
     Attributes:
-        mask: bool ``[B, T]``, True where the next token has a label.
+        positions: where the next token has a label.
         targets: int64 ``[N]``, the labels of these positions in row-major order.
         weights: float32 ``[N]``, their weights.
         rows: int64 ``[N]``, the row (of a packed batch: the segment) each belongs to.
         num_rows: number of rows (segments).
     """
 
-    mask: Tensor
+    positions: Positions
     targets: Tensor
     weights: Tensor
     rows: Tensor
@@ -66,24 +92,34 @@ def token_targets(batch: Mapping[str, Any]) -> TokenTargets:
         >>> targets.targets.tolist(), targets.rows.tolist()
         ([7, 8], [0, 0])
     """
+    is_target, weights, number, num_rows = _dense(batch)
+    own = Positions.of(is_target)
+    before = Positions(own.shape, own.index - 1)  # in the same row, whose first token is no target
+    return TokenTargets(before, own.take(batch["labels"]), own.take(weights), own.take(number), num_rows)
+
+
+def row_weights(batch: Mapping[str, Any]) -> Tensor:
+    """The summed weights of each row's targets, float32 ``[B]``."""
+    _, weights, number, num_rows = _dense(batch)
+    return weights.new_zeros(num_rows).index_add(0, number.flatten(), weights.flatten())
+
+
+def _dense(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor, int]:
+    """For each token whether it is a target, its weight (else 0) and its row's (segment's) number; how many rows."""
     labels = batch["labels"]
-    has_label = labels != IGNORE_INDEX
+    is_target = labels != IGNORE_INDEX
+    is_target[:, 0] = False
     number = torch.arange(len(labels), device=labels.device)[:, None].expand_as(labels)
     num_rows = len(labels)
     position_ids = batch.get("position_ids")
     if position_ids is not None and len(labels) == 1 and position_ids.shape == labels.shape:
         begins = position_ids == 0
-        has_label = has_label & ~begins
-        number = begins.long().cumsum(1) - 1
+        is_target &= ~begins
+        number = (begins.long().cumsum(1) - 1).clamp_min(0)
         num_rows = max(int(begins.sum()), 1)
-        number = number.clamp_min(0)
-    mask = torch.zeros_like(has_label)
-    mask[:, :-1] = has_label[:, 1:]
-    weights = batch.get("loss_weight")
-    chosen = has_label.clone()
-    chosen[:, 0] = False
-    weights = torch.ones_like(labels, dtype=torch.float32) if weights is None else weights.float()
-    return TokenTargets(mask, labels[chosen], weights[chosen], number[chosen], num_rows)
+    given = batch.get("loss_weight")
+    weights = torch.ones_like(labels, dtype=torch.float32) if given is None else given.float()
+    return is_target, weights * is_target, number, num_rows
 
 
 def token_losses(model: nn.Module, batch: Mapping[str, Any], targets: TokenTargets) -> Tensor:
@@ -103,25 +139,20 @@ def token_losses(model: nn.Module, batch: Mapping[str, Any], targets: TokenTarge
         losses = _losses_in_chunks(model, head, inputs, targets)
         if losses is not None:
             return losses
-    logits = logits_at(model, inputs, targets.mask)
+    logits, _ = output_at(model, inputs, targets.positions)
     return F.cross_entropy(logits.float(), targets.targets, reduction="none")
 
 
-def logits_at(model: nn.Module, inputs: Mapping[str, Any], mask: Tensor, **options: Any) -> Tensor:
-    """The logits ``[N, V]`` of the positions ``mask`` ``[B, T]``, in row-major order, gradients and all.
+def output_at(model: nn.Module, inputs: Mapping[str, Any], positions: Positions, **options: Any) -> tuple[Tensor, Any]:
+    """The logits ``[N, V]`` of the positions, gradients and all, and the model's output.
 
     The model is called as a whole, so that sharding, adapters and what its family does to logits stay in place.
     """
-    return output_at(model, inputs, mask, **options)[0]
-
-
-def output_at(model: nn.Module, inputs: Mapping[str, Any], mask: Tensor, **options: Any) -> tuple[Tensor, Any]:
-    """As :func:`logits_at`, with the model's output beside it."""
-    with _head_at(model, mask):
+    with _head_at(model, positions):
         output = model(**inputs, **options)
     logits = output.logits
     # A head that the hook did not reach (a compiled model, an unusual one) gave logits everywhere.
-    return (logits[mask] if logits.shape[:2] == mask.shape else logits.flatten(0, 1)), output
+    return (positions.take(logits) if positions.fits(logits) else logits.flatten(0, 1)), output
 
 
 def _large_head(model: Any, tokens: int) -> nn.Linear | None:
@@ -141,13 +172,10 @@ def _losses_in_chunks(
 
     def apply(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         hidden = args[0] if args and isinstance(args[0], Tensor) else None
-        if hidden is None or hidden.shape[:-1] != targets.mask.shape or not _is_whole(head):
+        if hidden is None or not targets.positions.fits(hidden) or not _is_whole(head):
             return None
-        found.append(
-            token_cross_entropy(
-                hidden[targets.mask], targets.targets, head.weight, head.bias, logit_transform=transform
-            )
-        )
+        states = targets.positions.take(hidden)
+        found.append(token_cross_entropy(states, targets.targets, head.weight, head.bias, logit_transform=transform))
         if model not in _KNOWN_LOGITS:
             found.append(_transformed(F.linear(hidden[:1, :1], head.weight, head.bias).detach(), transform))
         # What the model goes on with is not used.
@@ -159,7 +187,7 @@ def _losses_in_chunks(
     finally:
         handle.remove()
     if not found:
-        return F.cross_entropy(logits[targets.mask].float(), targets.targets, reduction="none")
+        return F.cross_entropy(targets.positions.take(logits).float(), targets.targets, reduction="none")
     if len(found) == 2:
         # A family may do to its logits what nobody here knows of: its own ones decide, once.
         known = torch.allclose(found[1], logits.detach().float(), rtol=0.02, atol=0.02)
@@ -188,16 +216,14 @@ def accepts(model: Any, name: str) -> bool:
 
 
 @contextmanager
-def _head_at(model: Any, mask: Tensor) -> Iterator[None]:
+def _head_at(model: Any, positions: Positions) -> Iterator[None]:
     head = None if _is_compiled(model) else model.get_output_embeddings()
     if head is None:
         yield
         return
 
     def select(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if args and isinstance(args[0], Tensor) and args[0].shape[:-1] == mask.shape:
-            return (args[0][mask].unsqueeze(0), *args[1:])
-        return None
+        return (positions.take(args[0]).unsqueeze(0), *args[1:]) if args and positions.fits(args[0]) else None
 
     handle = head.register_forward_pre_hook(select)
     try:

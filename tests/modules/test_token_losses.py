@@ -7,7 +7,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lightning_cl.modules.token_losses import logits_at, model_inputs, token_losses, token_targets
+from lightning_cl.modules.token_losses import (
+    Positions,
+    model_inputs,
+    output_at,
+    row_weights,
+    token_losses,
+    token_targets,
+)
 from tests.helpers.models import lora, tiny_llama
 
 
@@ -50,6 +57,7 @@ def test_losses_and_gradients_equal_those_of_full_logits(make, weighted):
     ours = targets.sum_by_row(losses * targets.weights)
     torch.testing.assert_close(ours, sums)
     torch.testing.assert_close(targets.sum_by_row(targets.weights), counts)
+    torch.testing.assert_close(row_weights(batch), counts)
     parameters = [p for p in model.parameters() if p.requires_grad]
     ours_grad = torch.autograd.grad(ours.sum(), parameters, allow_unused=True)
     theirs = torch.autograd.grad(sums.sum(), parameters, allow_unused=True)
@@ -71,7 +79,7 @@ def test_the_head_sees_labelled_positions_alone_and_the_hook_goes():
 def test_hook_goes_after_an_exception():
     model = tiny_llama()
     with pytest.raises(ValueError, match="input_ids"):
-        logits_at(model, {"input_ids": None}, torch.ones(1, 1, dtype=torch.bool))
+        output_at(model, {"input_ids": None}, Positions.of(torch.ones(1, 1, dtype=torch.bool)))
     assert not model.lm_head._forward_pre_hooks
 
 
@@ -107,6 +115,7 @@ def test_packed_batch_equals_the_padded_one():
     targets, padded = token_targets(packed), token_targets(batch)
     assert targets.num_rows == 3
     assert targets.rows.tolist() == padded.rows.tolist()
+    assert row_weights(packed).tolist() == row_weights(batch).tolist() == [6, 3, 6]
     ours = targets.sum_by_row(token_losses(model, packed, targets))
     torch.testing.assert_close(ours, padded.sum_by_row(token_losses(model, batch, padded)))
 
