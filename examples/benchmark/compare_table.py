@@ -248,17 +248,21 @@ def relative_time(line: Line, costs: dict[str, Run]) -> float | None:
 
 
 def missing(runs: list[Run], config: dict[str, Any], orders: Iterable[str]) -> list[str]:
-    """The runs that the configuration names and that are not there, a line for each method and order."""
+    """What the configuration names and is not there, a line for each order: methods, with seeds where some are there."""
     there = {(part(run)["method"], part(run)["order"], part(run)["seed"]) for run in runs}
     found = []
     for order in orders:
         if order not in {name for _, name, _ in there}:
             found.append(f"{order}: no run")
             continue
+        gaps = []
         for method in config["methods"]:
             seeds = [str(seed) for seed in config["seeds"] if (method, order, seed) not in there]
             if seeds:
-                found.append(f"{order}: {method}, seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)}")
+                is_whole = len(seeds) == len(config["seeds"])
+                gaps.append(method if is_whole else f"{method} (seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)})")
+        if gaps:
+            found.append(f"{order}: {', '.join(gaps)}")
     return found
 
 

@@ -120,7 +120,7 @@ def test_runs_tables_and_reports(
     assert lines["sequential"][-1] == "2 |"
     assert lines["multi-task"][2] == "-"  # one training on all tasks forgets nothing that could be measured
     assert float(lines["memory"][8].rstrip("x")) > 0
-    assert "Not run: two: multi-task, seed 1; two: memory, seed 1; two: i-lora, seed 1." in text
+    assert "Not run: two: multi-task (seed 1), memory (seed 1), i-lora (seed 1)." in text
 
     # The same files are ordinary runs of the report.
     assert report([str(out / "two"), "--out", str(tmp_path / "page.html")]) == 0
