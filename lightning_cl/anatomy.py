@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -51,6 +52,17 @@ def adapter_layers(module: nn.Module) -> list[Any]:
 def has_lora(module: nn.Module) -> bool:
     """Whether ``module`` holds any PEFT adapter layer."""
     return bool(adapter_layers(module))
+
+
+def accepts(model: Any, name: str) -> bool:
+    """Whether the model's forward has an argument of this name (a PEFT model is asked for what it wraps)."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return name in inspect.signature(base.forward).parameters
+
+
+def cache_name(model: Any) -> str:
+    """What the model's family and the installed transformers call the keys and values of earlier tokens."""
+    return "cache" if accepts(model, "cache") else "past_key_values"
 
 
 def name_of(module: nn.Module, part: nn.Module) -> str:

@@ -260,7 +260,9 @@ def missing(runs: list[Run], config: dict[str, Any], orders: Iterable[str]) -> l
             seeds = [str(seed) for seed in config["seeds"] if (method, order, seed) not in there]
             if seeds:
                 is_whole = len(seeds) == len(config["seeds"])
-                gaps.append(method if is_whole else f"{method} (seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)})")
+                gaps.append(
+                    method if is_whole else f"{method} (seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)})"
+                )
         if gaps:
             found.append(f"{order}: {', '.join(gaps)}")
     return found

@@ -10,8 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_cl.anatomy import accepts, cache_name
 from lightning_cl.distributed import gather_objects
-from lightning_cl.modules.token_losses import Positions, accepts, output_at
+from lightning_cl.modules.token_losses import Positions, output_at
 
 _CPU_CACHE_BYTES = 1 << 30
 
@@ -71,7 +72,7 @@ def _shared(model: nn.Module, batch: Mapping[str, Any]) -> Tensor | None:
     if accepts(model, "position_ids"):
         inputs["position_ids"] = positions(prompt_mask)
     logits, output = output_at(model, inputs, Positions.of(last), use_cache=True)
-    cache = getattr(output, _cache_name(model), None)
+    cache = getattr(output, cache_name(model), None)
     if not _can_branch(cache):
         return None
     first = logits.float().log_softmax(-1)
@@ -117,7 +118,7 @@ def _side_by_side(model: Any, cache: Any, batch: Mapping[str, Any]) -> Tensor:
         "input_ids": ids[:, :, :steps].reshape(rows, options * steps),
         "attention_mask": attention_mask,
         "position_ids": prompt_mask.long().sum(-1)[:, None] + (place % steps)[None],
-        _cache_name(model): cache,
+        cache_name(model): cache,
     }
     if length == 1:
         scored[0, 0, 0] = True
@@ -138,7 +139,7 @@ def _continue(model: nn.Module, cache: Any, batch: Mapping[str, Any], part: slic
     inputs = {
         "input_ids": ids[:, :, :-1].reshape(rows * options, length - 1),
         "attention_mask": torch.cat([prompt_mask.repeat_interleave(options, 0), known], dim=1),
-        _cache_name(model): branch,
+        cache_name(model): branch,
     }
     if accepts(model, "position_ids"):
         start = prompt_mask.long().sum(-1).repeat_interleave(options)[:, None]
@@ -181,11 +182,6 @@ def _reads_masks(model: Any, cache: Any) -> bool:
         and accepts(model, "position_ids")
         and not getattr(config, "alibi", False)
     )
-
-
-def _cache_name(model: Any) -> str:
-    """What the model's family and the installed transformers call the cache."""
-    return "cache" if accepts(model, "cache") else "past_key_values"
 
 
 def _can_branch(cache: Any) -> bool:

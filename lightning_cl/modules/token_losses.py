@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_cl.anatomy import logit_transform
+from lightning_cl.anatomy import accepts, logit_transform
 from lightning_cl.functional.token_cross_entropy import CHUNK_ELEMENTS, token_cross_entropy
 
 IGNORE_INDEX = -100
@@ -207,12 +206,6 @@ def _is_whole(head: nn.Linear) -> bool:
 def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a batch that the model reads."""
     return {key: value for key, value in batch.items() if key not in _NOT_INPUTS}
-
-
-def accepts(model: Any, name: str) -> bool:
-    """Whether the model's forward has an argument of this name (a PEFT model is asked for what it wraps)."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return name in inspect.signature(base.forward).parameters
 
 
 @contextmanager

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from lightning_cl import anatomy
 
 _ATTENTION = "lightning_cl_decode"
 
@@ -25,10 +26,9 @@ class LibraryNetwork:
     def __init__(self, model: Any, length: int) -> None:
         self._model = model
         self._length = length
-        parameters = inspect.signature(model.forward).parameters
-        self._cache_argument = "cache" if "cache" in parameters else "past_key_values"
-        self._wants_position = "cache_position" in parameters
-        self._extra = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+        self._cache_argument = anatomy.cache_name(model)
+        self._wants_position = anatomy.accepts(model, "cache_position")
+        self._extra = {"logits_to_keep": 1} if anatomy.accepts(model, "logits_to_keep") else {}
         self._cache: Any = None
         self._room = 0
         self._visible: int | None = None
