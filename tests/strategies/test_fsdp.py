@@ -94,25 +94,18 @@ def _shuffled(rows: torch.Tensor, rank: int, epoch: int) -> Any:
     return sampler
 
 
+def _one_in_4_bits(folder: Path) -> dict[str, torch.Tensor]:
+    rows = workers.rows_of_ranks(16, 4, 2), workers.rows_of_ranks(16, 4, 2, seed=1)
+    return _one(folder, workers.plain(also=("norm",), optimizer="sgd"), *rows, strategy="cl_single_device_4bit")
+
+
 def test_4bit_under_fsdp_equals_4bit_on_one_device(ranks: Any, tmp_path: Path) -> None:
-    expected = _one(
-        tmp_path,
-        workers.plain(also=("norm",), optimizer="sgd"),
-        workers.rows_of_ranks(16, 4, 2),
-        workers.rows_of_ranks(16, 4, 2, seed=1),
-        strategy="cl_single_device_4bit",
-    )
+    expected = _one_in_4_bits(tmp_path)
     workers.close(workers.result(ranks, "four_bit")[0], expected, atol=1e-5)
 
 
 def test_4bit_replicas_keep_whole_packed_weights_and_train_the_same(ranks: Any, tmp_path: Path) -> None:
-    expected = _one(
-        tmp_path,
-        workers.plain(also=("norm",), optimizer="sgd"),
-        workers.rows_of_ranks(16, 4, 2),
-        workers.rows_of_ranks(16, 4, 2, seed=1),
-        strategy="cl_single_device_4bit",
-    )
+    expected = _one_in_4_bits(tmp_path)
     for (trained, read), bases in workers.result(ranks, "four_bit_replicas"):
         workers.close(trained, expected, atol=1e-5)
         workers.close(read, trained, atol=0)
