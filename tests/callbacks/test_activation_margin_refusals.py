@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -24,7 +23,8 @@ from tests.callbacks.margin_tools import (
     refused,
     source,
 )
-from tests.helpers import models
+from tests.helpers import models, spawn
+from tests.helpers.fsdp1 import cpu_fsdp1
 
 # ------------------------------------------------------------------------------- refusals
 
@@ -67,13 +67,19 @@ def test_no_replay_rows_in_the_run(tmp_path: Path) -> None:
         trainer.fit(module(), models.loader())
 
 
-def test_fsdp1_is_refused() -> None:
-    class FullyShardedDataParallel(nn.Module):
-        """What Lightning's strategy wraps the module in, on GPUs alone."""
-
-    trainer = SimpleNamespace(strategy=SimpleNamespace(model=FullyShardedDataParallel()))
+def _fsdp1(rank: int, folder: Path) -> None:
+    trainer = models.trainer(
+        folder,
+        devices=2,
+        strategy=cpu_fsdp1(whole=True),
+        callbacks=[ReplayMixer(source(), rows_per_batch=2), ActivationMarginRegularizer()],
+    )
     with pytest.raises(MisconfigurationException, match=r"\(FSDP1\) the weights exist only inside .* Use FSDP2"):
-        ActivationMarginRegularizer().on_task_start(trainer, module())
+        trainer.fit(module(), models.loader())
+
+
+def test_fsdp1_is_refused(tmp_path: Path) -> None:
+    spawn.run(_fsdp1, 2, tmp_path)
 
 
 def test_a_layer_that_does_not_exist(tmp_path: Path) -> None:
