@@ -48,7 +48,7 @@ class CLFSDPStrategy(ModelParallelStrategy):
         quantization: ``"nf4"``, ``"fp4"`` or a :class:`QuantizationConfig` holds the frozen linear layers in 4 bits.
             Layers are quantized and sharded block by block, so the full-precision model is never on a device.
         replicate: number of copies of the sharded model (hybrid sharding); gradients are averaged over the copies.
-            ``replicate=N, shard=1`` is data parallelism, for instance with a 4-bit base.
+            ``replicate=N, shard=1`` is data parallelism, for instance with a 4-bit base, which then stays whole.
         shard: number of processes that share one copy; ``"auto"`` = all processes divided by ``replicate``.
         blocks: class names or dotted names of the blocks; None finds them.
         min_parameters: instead, make every smallest submodule with at least this many parameters a block.

@@ -39,16 +39,16 @@ def shard_module(
     """
     from torch.distributed.fsdp import fully_shard
 
-    def whole() -> set[nn.Parameter]:
+    def whole(part: nn.Module) -> set[nn.Parameter]:
         # A scalar cannot be sharded; the frozen ones stay whole on every rank, and so do 4-bit weights in bitsandbytes' own
         # form.
-        return {p for p in module.parameters() if p.dim() == 0 or hasattr(p, "quant_state")}
+        return {p for p in part.parameters() if p.dim() == 0 or hasattr(p, "quant_state")}
 
     inside: set[int] = set()
     for name in blocks:
         block = module.get_submodule(name)
         before_block(name)
-        fully_shard(block, reshard_after_forward=reshard_after_forward, ignored_params=whole(), **options)
+        fully_shard(block, reshard_after_forward=reshard_after_forward, ignored_params=whole(block), **options)
         inside.update(id(part) for part in block.modules())
     before_block("")
     owners = [
@@ -56,7 +56,7 @@ def shard_module(
         for part in module.modules()
         if id(part) not in inside and (part is module or any(True for _ in part.parameters(recurse=False)))
     ]
-    fully_shard(module, reshard_after_forward=False, ignored_params=whole(), **options)
+    fully_shard(module, reshard_after_forward=False, ignored_params=whole(module), **options)
     state = fsdp_state(module)
     state._pre_forward_hook_handle.remove()
     state._post_forward_hook_handle.remove()
