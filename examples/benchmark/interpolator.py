@@ -7,7 +7,7 @@ python examples/benchmark/interpolator.py --tiny --out t.json          # two CPU
 
 consistency  the slow forward on 8 memory rows to 32, LoRA rank 16 in the shape of Llama-3-8B (random weights): its time
              against the forward arithmetic that it must do. With --compile-blocks all of it runs in compiled blocks, as
-            under `CLSingleDeviceStrategy(compile_blocks=True)`.
+             under `CLSingleDeviceStrategy(compile_blocks=True)`.
 average      the average alone: step time and memory against the same run without it, and Lightning's EMAWeightAveraging
              against its own neighbours. Both cost the same in each optimizer step whatever its batch, so a small batch,
              beside which a second model fits, shows their cost enlarged.
@@ -209,6 +209,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=9, help="steps of each run, the first three to warm up")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of runs")
     args = parser.parse_args(argv)
+    if args.compile_blocks and args.only == "fsdp":
+        parser.error("--compile-blocks is of the part consistency on one device; leave it out, or --only fsdp")
     args.warmup, args.shape = 3, "llama-8b"
     if args.tiny:
         tiny = {"warmup": 1, "shape": "tiny", "rows": 4, "tokens": 16, "replay_tokens": 16, "steps": 3, "rounds": 1}
