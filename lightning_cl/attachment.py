@@ -25,6 +25,7 @@ from lightning_cl import anatomy
 from lightning_cl.finite import FiniteGuard
 from lightning_cl.replay.joining import Added, Joiner, RowProvider
 from lightning_cl.step import ReplayRows, Step
+from lightning_cl.strategies.blocks import caches_ignored, is_prepared
 
 __all__ = ["Attachment", "Step", "replay_rows"]
 
@@ -91,7 +92,7 @@ class Attachment:
         self._row_losses: Tensor | None = None
         self._backwards = 0
         self._checked_hooks = False
-        self._compiled = False
+        self._traced = False
         self._undo: list[Callable[[], None]] = []
         self._installed = False
         self._finite = FiniteGuard()
@@ -128,7 +129,9 @@ class Attachment:
             return
         self._refuse_dataloader_iter()
         self._joiner.check()
-        compiled = self._compiled = _is_compiled(self.module)
+        compiled = _is_compiled(self.module)
+        # Of compiled code, blocks that a strategy prepared leave the rest of the network in Python.
+        self._traced = compiled and _is_compiled(self.module, but=is_prepared)
         # Dynamo traces hooks into the compiled graph; ours must run in Python, at every step.
         outside_graph = torch._dynamo.disable if compiled else (lambda hook: hook)
         if self._joiner.providers:
@@ -389,8 +392,8 @@ class Attachment:
         reduced = step.replay.arguments(args, kwargs)
         if reduced is None:
             return
-        if step.replay.full and self._pretrained:
-            _without_mask(reduced[1], self._compiled)
+        if step.replay.full and self._pretrained and not self._traced:
+            _without_mask(reduced[1])
         self._in_reference = True
         # Through `__dict__`, since `nn.Module.__setattr__` on a thousand modules would cost more than the hooks.
         modules = [part for part in self._all_modules if part.training]
@@ -402,7 +405,7 @@ class Attachment:
                 self._sink = raw
                 # Autocast keeps low-precision copies of weights: those of one set must not serve the other.
                 torch.clear_autocast_cache()
-                with swap(), torch.no_grad():
+                with swap(), torch.no_grad(), caches_ignored():
                     network(*reduced[0], **reduced[1])
                 torch.clear_autocast_cache()
                 step.reference[key] = self._selected(step.replay.alone(), raw)
@@ -462,16 +465,16 @@ class Attachment:
             )
 
 
-def _without_mask(arguments: dict[str, Any], compiled: bool) -> None:
+def _without_mask(arguments: dict[str, Any]) -> None:
     """Take the padding mask out of a transformers backbone's arguments, for rows that have no padding.
 
     Given a mask, transformers asks the device whether it masks anything; given none and no cache, whether the rows are
     packed. Either stops the host until all work of the last step is done, and then this pass's many small kernels are
-    launched slower than they run. With a cache, which costs a copy of the keys and values, it asks nothing. Compiled code
-    never asks, and a cache would compile it anew.
+    launched slower than they run. With a cache, which costs a copy of the keys and values, it asks nothing. A compiled
+    network never asks, and a cache would compile it anew.
     """
     mask = arguments.get("attention_mask")
-    if not compiled and "use_cache" in arguments and isinstance(mask, Tensor) and mask.ndim == 2:
+    if "use_cache" in arguments and isinstance(mask, Tensor) and mask.ndim == 2:
         arguments["attention_mask"], arguments["use_cache"] = None, True
 
 
@@ -491,10 +494,11 @@ def _silent(module: pl.LightningModule) -> Any:
                 object.__setattr__(module, name, own)
 
 
-def _is_compiled(module: nn.Module) -> bool:
+def _is_compiled(module: nn.Module, but: Callable[[nn.Module], bool] = lambda part: False) -> bool:
     return any(
         getattr(part, "_compiled_call_impl", None) is not None
         or hasattr(part, "_orig_mod")
         or hasattr(part.forward, "_torchdynamo_orig_callable")
         for part in module.modules()
+        if not but(part)
     )

@@ -19,6 +19,7 @@ from lightning_cl.anatomy import find_final_norm
 from lightning_cl.attachment import Attachment
 from lightning_cl.callbacks import ContinualCallback, ReplayMixer
 from lightning_cl.replay import GeneralSamples
+from lightning_cl.strategies import CLSingleDeviceStrategy
 from lightning_cl.weights import adapters_disabled
 from tests.helpers import models
 
@@ -168,10 +169,19 @@ class _Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.fixture
+def traced_blocks(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes the strategy with compiled blocks; no code is generated for them, which would take a compiler."""
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda fn, **kwargs: compile(fn, backend="aot_eager", **kwargs))
+    yield lambda: CLSingleDeviceStrategy(compile_blocks=True)
+    torch.compiler.reset()
+
+
 @pytest.mark.parametrize("ragged", [False, True])
-@pytest.mark.parametrize("layout", ["joined", "separate"])
+@pytest.mark.parametrize("layout", ["joined", "separate", "compiled blocks"])
 def test_reference_pass_without_padding_reads_nothing_on_the_host(
-    tmp_path: Any, layout: str, ragged: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Any, layout: str, ragged: bool, monkeypatch: pytest.MonkeyPatch, traced_blocks: Any
 ) -> None:
     """Of rows with padding, transformers asks whether their mask masks anything."""
     reads: list[int] = []
@@ -188,14 +198,19 @@ def test_reference_pass_without_padding_reads_nothing_on_the_host(
     monkeypatch.setattr(Attachment, "_run_references", counted)
     module = models.PlainLM(models.lora(models.tiny_llama()))
     probe = Probe(reference=True)
+    settings = {"strategy": traced_blocks()} if layout == "compiled blocks" else {}
+    layout = "joined" if settings else layout
     mixer = ReplayMixer(_general(ragged=ragged), rows_per_batch=6, layout=layout)
-    _fit(tmp_path, module, [mixer, probe], models.loader(ragged=ragged))
+    _fit(tmp_path, module, [mixer, probe], models.loader(ragged=ragged), **settings)
     assert len(probe.steps[0]["reference"]["initial"]) == 6
     assert (sum(reads) == 0) != ragged
 
 
 @pytest.mark.gpu
-def test_reference_pass_without_padding_never_waits_for_the_gpu(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_reference_pass_without_padding_never_waits_for_the_gpu(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, compiled: bool, traced_blocks: Any
+) -> None:
     """The host launches it while the device is still at work on the step before."""
     monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # Lightning sets it
     passes = 0
@@ -215,7 +230,8 @@ def test_reference_pass_without_padding_never_waits_for_the_gpu(tmp_path: Any, m
     monkeypatch.setattr(Attachment, "_run_references", strict)
     module = models.PlainLM(models.lora(models.tiny_llama()))
     mixer = ReplayMixer(_general(), rows_per_batch=2, layout="joined")
-    _fit(tmp_path, module, [mixer, Probe(reference=True)], accelerator="gpu", max_steps=3)
+    settings = {"strategy": traced_blocks()} if compiled else {}
+    _fit(tmp_path, module, [mixer, Probe(reference=True)], accelerator="gpu", max_steps=3, **settings)
     assert passes == 3
 
 

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ _FLAG = "_lightning_cl_prepared"
 #: take a layer's place after its block was prepared, need to know that for their own product.
 RECOMPUTED = "_lightning_cl_recomputed"
 _VARIANTS = 64
+_ignoring_caches = ContextVar("ignoring_caches", default=False)
 
 
 def find_shard_blocks(
@@ -92,6 +95,24 @@ def prepare_blocks(module: nn.Module, blocks: list[str], recompute: bool = False
                     setattr(part, RECOMPUTED, recompute)
 
 
+@contextmanager
+def caches_ignored() -> Iterator[None]:
+    """While it lasts, prepared blocks keep nothing in the cache that the network hands them, as in training.
+
+    For a pass whose cache nobody will read: a compiled block runs its usual code then, and not a variant for caches.
+    """
+    token = _ignoring_caches.set(True)
+    try:
+        yield
+    finally:
+        _ignoring_caches.reset(token)
+
+
+def is_prepared(block: nn.Module) -> bool:
+    """Whether :func:`prepare_blocks` made this module's ``forward``."""
+    return _FLAG in block.__dict__ and any(block.__dict__[_FLAG][1])
+
+
 def _prepared(block: nn.Module, forward: Callable[..., Any], recompute: bool, compile: bool) -> Callable[..., Any]:
     train = _recomputed(forward) if recompute else forward
     evaluate = forward
@@ -100,17 +121,22 @@ def _prepared(block: nn.Module, forward: Callable[..., Any], recompute: bool, co
 
     @functools.wraps(evaluate)
     def prepared(*args: Any, **kwargs: Any) -> Any:
-        if not (block.training and torch.is_grad_enabled()):
-            # Generation grows its cache layer by layer and token by token: each would be a variant of its own.
-            return (forward if _caches(kwargs) else evaluate)(*args, **kwargs)
+        training = block.training and torch.is_grad_enabled()
         # Training has no use for the cache that Hugging Face models make unasked; a second pass would fill it twice.
-        empty = dict.fromkeys(name for name, cache in _caches(kwargs).items() if recompute or _is_empty(cache))
+        useless = training or _ignoring_caches.get()
+        caches = _caches(kwargs).items() if useless else ()
+        empty = dict.fromkeys(name for name, cache in caches if (training and recompute) or _is_empty(cache))
         if _caches({**kwargs, **empty}):
+            # Generation grows its cache layer by layer and token by token: each would be a variant of its own.
             return forward(*args, **kwargs)
+        if useless:
+            kwargs = {**kwargs, **empty, **({"use_cache": False} if "use_cache" in kwargs else {})}
+        if not training:
+            return evaluate(*args, **kwargs)
         if compile and args and isinstance(args[0], Tensor) and args[0].is_floating_point():
             # The first block's input has no gradient where the embedding is frozen: a variant for one block's sake.
             args = (args[0] if args[0].requires_grad else args[0].detach().requires_grad_(), *args[1:])
-        return train(*args, **{**kwargs, **empty, **({"use_cache": False} if "use_cache" in kwargs else {})})
+        return train(*args, **kwargs)
 
     return prepared
 

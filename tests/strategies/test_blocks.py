@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from lightning_cl.strategies.blocks import find_shard_blocks, prepare_blocks
+from lightning_cl.strategies.blocks import caches_ignored, find_shard_blocks, is_prepared, prepare_blocks
 from tests.helpers import models
 
 IDS = torch.arange(4, 20)[None].repeat(3, 1)
@@ -73,14 +73,36 @@ def test_a_cache_that_holds_something_is_kept(counter: Any) -> None:
     assert counter.frame_count == 0
 
 
+def test_a_pass_whose_cache_nobody_reads_runs_the_code_of_one_without(counter: Any) -> None:
+    module = _deep(2).eval()
+    prepare_blocks(module, find_shard_blocks(module), compile=True)
+    with torch.no_grad():
+        expected = module.model(input_ids=IDS, use_cache=False).logits
+        with caches_ignored():
+            found = module.model(input_ids=IDS, use_cache=True)
+        assert counter.frame_count == 1
+        assert torch.equal(found.logits, expected)
+        assert found.past_key_values.get_seq_length() == 0
+        # Afterwards, and in a pass that goes on with a cache, it is kept.
+        cache = module.model(input_ids=IDS, use_cache=True).past_key_values
+        assert cache.get_seq_length() == IDS.shape[1]
+        with caches_ignored():
+            cache = module.model(input_ids=IDS[:, :2], past_key_values=cache, use_cache=True).past_key_values
+    assert cache.get_seq_length() == IDS.shape[1] + 2
+    assert counter.frame_count == 1
+
+
 def test_asked_again_and_asked_otherwise() -> None:
     module = _deep(2)
     blocks = find_shard_blocks(module)
     block = module.get_submodule(blocks[0])
     plain = block.forward
+    assert not is_prepared(block)
     prepare_blocks(module, blocks, recompute=True)
+    assert is_prepared(block)
     first = block.forward
     prepare_blocks(module, blocks, recompute=True)
     assert block.forward is first
     prepare_blocks(module, blocks)
+    assert not is_prepared(block)
     assert block.forward == plain
