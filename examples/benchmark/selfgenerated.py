@@ -95,13 +95,31 @@ def decode(shape: str, rows: int, length: int, with_compile: bool, lora: bool) -
     forms: dict[str, float] = {}
     made: dict[str, Any] = {}
 
+    config = model.config.get_text_config()
+    width = 2 * config.num_hidden_layers * config.num_key_value_heads * config.hidden_size // config.num_attention_heads
+    size = torch.finfo(DTYPE).bits // 8
+    parameters = sum(p.numel() for n, p in model.named_parameters() if "lora_" not in n)
+    limit = 1e3 * size * (parameters + rows * width * length / 2) / bandwidth()
+    # At hundreds of rows a step the products no longer wait for memory alone.
+    products = 1e3 * 2 * rows * parameters / product_rate()
+    label = f"{shape}{' + LoRA' if lora else ''}"
+    print(f"{label:>20} limits: {limit:.3f} ms a step to read weights and cache, {products:.3f} ms for the products")
+
+    def note(name: str, step: float) -> None:
+        forms[name] = step
+        print(
+            f"{label:>20} {name:>32}: {step:8.2f} ms a step, {1e3 * rows / step:10,.0f} tokens/s,"
+            f" {forms['library, eager'] / step:6.1f}x the library's eager form, {step / limit:6.1f}x the limit",
+            flush=True,
+        )
+
     def engine(name: str, mode: Any, tokens: int) -> None:
         def run() -> None:
             made[name] = DecodeEngine(model, length=tokens, batch_size=rows, mode=mode).generate(prompts)
 
         run()
         # The whole call counts, copying the weights and recording included: that is what a run pays for each pool.
-        forms[name] = 1e3 * min(seconds_of(run) for _ in range(2)) / (tokens - 1)
+        note(name, 1e3 * min(seconds_of(run) for _ in range(2)) / (tokens - 1))
 
     def library(name: str, tokens: int, warm: int, **how: Any) -> None:
         ids = torch.ones(rows, 1, dtype=torch.long, device=DEVICE)
@@ -114,40 +132,21 @@ def decode(shape: str, rows: int, length: int, with_compile: bool, lora: bool) -
             )
 
         run(warm)
-        forms[name] = 1e3 * min(seconds_of(run) for _ in range(2)) / (tokens - 1)
+        note(name, 1e3 * min(seconds_of(run) for _ in range(2)) / (tokens - 1))
 
-    engine("engine", "auto", length)
     # The step time of the library's eager loop hardly depends on the position: a short run measures it.
     library("library, eager", min(length, 32), warm=8)
-    if with_compile:
-        engine("engine, compiled", "compile", length)
-        library("library, static cache, compiled", length, warm=length, cache_implementation="static")
+    engine("engine", "auto", length)
+    generation = made["engine"]
+    note("engine, a step alone", 1e3 * (generation.seconds - generation.preparation_seconds) / (length - 1))
     engine("engine, eager", "eager", min(length, 24))
     recorded, plain = made["engine"].rows, made["engine, eager"].rows
     # Rounding may tip a draw, and a tipped row goes its own way: the first tokens must nearly all agree.
     agree = sum(torch.equal(a[:8], b[:8]) for a, b in zip(recorded, plain, strict=True)) / rows
     assert agree > 0.8, f"recorded and eager rows agree in {agree:.0%} only"
-    generation = made["engine"]
-    forms["engine, a step alone"] = 1e3 * (generation.seconds - generation.preparation_seconds) / (length - 1)
-    config = model.config.get_text_config()
-    width = 2 * config.num_hidden_layers * config.num_key_value_heads * config.hidden_size // config.num_attention_heads
-    size = torch.finfo(DTYPE).bits // 8
-    parameters = sum(p.numel() for n, p in model.named_parameters() if "lora_" not in n)
-    limit = 1e3 * size * (parameters + rows * width * length / 2) / bandwidth()
-    # At hundreds of rows a step the products no longer wait for memory alone.
-    products = 1e3 * 2 * rows * parameters / product_rate()
-    label = f"{shape}{' + LoRA' if lora else ''}"
-    for name, step in forms.items():
-        print(
-            f"{label:>20} {name:>32}: {step:8.2f} ms a step, {1e3 * rows / step:10,.0f} tokens/s,"
-            f" {forms['library, eager'] / step:6.1f}x the library's eager form, {step / limit:6.1f}x the limit",
-            flush=True,
-        )
-    print(
-        f"{label:>20} limits: {limit:.3f} ms a step to read weights and cache, {products:.3f} ms for the products;"
-        f" {generation.preparation_seconds:.2f} of {generation.seconds:.2f} s before the first token",
-        flush=True,
-    )
+    if with_compile:
+        library("library, static cache, compiled", length, warm=length, cache_implementation="static")
+        engine("engine, compiled", "compile", length)
     return {
         "ms_a_step": forms,
         "preparation_seconds": generation.preparation_seconds,

@@ -84,6 +84,7 @@ MANY = {
     "fsdp nf4 no-compile": Case({"quantization": "nf4"}),
     "fsdp bf16 plain-loss": Case({"compile_blocks": True}, chunked=False),
     "replicas nf4": Case({**_4BIT, "replicate": WORLD, "shard": 1}),
+    "replicas bf16": Case({"compile_blocks": True, "replicate": WORLD, "shard": 1}),
 }
 EXTRAS = ("rival bf16", "rival nf4", "callbacks", "checkpoint", "load")
 
