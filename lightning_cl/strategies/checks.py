@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
@@ -24,6 +25,17 @@ def compute_dtype(precision_plugin: Any) -> torch.dtype:
     torch.bfloat16
     """
     return _COMPUTE.get(str(precision_plugin.precision).split("-")[0], torch.float32)
+
+
+def host_memory(cpu_offload: bool) -> list[str]:
+    """Problems of the process group with shards in host memory, once there is one."""
+    if not (cpu_offload and dist.is_initialized()) or "cpu:" in dist.get_backend_config():
+        return []
+    return [
+        f"`cpu_offload=True` needs a backend for tensors in host memory, and this process already has a process group"
+        f" without one ({dist.get_backend_config()}), from an earlier fit. Run the fit with `cpu_offload` first, in a"
+        " process of its own, or after `torch.distributed.destroy_process_group()`."
+    ]
 
 
 def precision(strategy: Any, quantization: QuantizationConfig | None) -> list[str]:

@@ -196,6 +196,7 @@ class CLFSDPStrategy(ModelParallelStrategy):
         wanted = self._layout()
         problems = checks.precision(self, self.quantization)
         problems += checks.fsdp(module, str(self.precision_plugin.precision), wanted)
+        problems += checks.host_memory(self.cpu_offload)
         checks.raise_together(problems)
         if record.sharded is None:
             self.contents.prepare(module)

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_cl.strategies import CLFSDPStrategy
+from lightning_cl.strategies import CLFSDPStrategy, checks
 from tests.helpers import models, spawn
 from tests.strategies import fsdp_scenarios, workers
 
@@ -137,6 +138,21 @@ def test_shards_in_host_memory_have_a_backend_of_their_own(offload: bool, backen
     strategy = CLFSDPStrategy(cpu_offload=offload, cluster_environment=LightningEnvironment())
     strategy.parallel_devices = [torch.device("cuda", 0)]
     assert strategy._get_process_group_backend() == backend
+
+
+def test_host_memory_without_a_backend_is_refused() -> None:
+    """As after a fit on GPUs alone: Lightning takes the process group that there is."""
+    for backends, refused in (("cuda:gloo", True), ("cpu:gloo,cuda:gloo", False)):
+        dist.init_process_group(backends, store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            problems = checks.host_memory(cpu_offload=True)
+            assert bool(problems) == refused
+            assert checks.host_memory(cpu_offload=False) == []
+        finally:
+            dist.destroy_process_group()
+        if refused:
+            with pytest.raises(MisconfigurationException, match=r"without one \(cuda:gloo\), from an earlier fit"):
+                checks.raise_together(problems)
 
 
 def test_changed_packed_bytes_stop_the_run_on_both_ranks(ranks: Any) -> None:
