@@ -15,7 +15,8 @@ decode        rows of 256 tokens, 256 at a time, from the plain model and from o
               the rate of a large one.
 cost          a whole fit (LoRA as above) with a pool made at its start, generation included, against the same fit
               without replay, at 32 + 8 and 32 + 4 rows of equal length. With ``--compile-blocks`` both run in compiled
-              blocks, as under ``CLSingleDeviceStrategy(compile_blocks=True)``.
+              blocks, as under ``CLSingleDeviceStrategy(compile_blocks=True)``; with ``--precompute`` the reference of the
+              pool is taken once (``ReplayDistillation(precompute=True)``).
 past          rows of past tasks made from their instructions alone, by SmolLM2-135M-Instruct after it learnt two tasks of
               the demo (``python examples/assets.py`` first): how many have their task's form, over
               ``prompt_loss_weight``. Only if asked for.
@@ -179,7 +180,14 @@ def one_fit(module: Plain, data: DataLoader, steps: int, callbacks: list[Any], c
 
 
 def cost(
-    shape: str, steps: int, length: int, pool: int, repeats: int, replayed: list[int], compiled: bool
+    shape: str,
+    steps: int,
+    length: int,
+    pool: int,
+    repeats: int,
+    replayed: list[int],
+    compiled: bool,
+    precompute: bool,
 ) -> dict[str, Any]:
     """The method's whole wall time over plain fine-tuning's."""
     data = DataLoader(make_rows(shape, 64, length, 0), batch_size=32)  # type: ignore[arg-type]
@@ -187,8 +195,10 @@ def cost(
 
     def method(replay: int, count: int, made: int, seed: int) -> tuple[float, float]:
         source = SelfGenerated(made, length=length, seed=seed)
-        callbacks = [ReplayMixer(source, rows_per_batch=replay), ReplayDistillation(weight=1.0)]
-        return one_fit(module, data, count, callbacks, compiled), source.seconds
+        term = ReplayDistillation(weight=1.0, precompute=precompute)
+        return one_fit(
+            module, data, count, [ReplayMixer(source, rows_per_batch=replay), term], compiled
+        ), source.seconds
 
     one_fit(module, data, 3, [], compiled)
     for count in replayed if compiled else replayed[:1]:  # each number of rows is compiled by itself
@@ -205,6 +215,7 @@ def cost(
         "length": length,
         "pool_size": pool,
         "compiled_blocks": compiled,
+        "precompute": precompute,
         "runs": runs,
     }
     for name in names:
@@ -338,6 +349,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--part", action="append", choices=PARTS, help="only this part; may be given again, in order")
     parser.add_argument("--compile", action="store_true", help="measure the compiled forms of decoding too")
     parser.add_argument("--compile-blocks", action="store_true", help="compiled blocks in the part cost")
+    parser.add_argument("--precompute", action="store_true", help="the reference taken once in the part cost")
     parser.add_argument("--shape", choices=sorted(SHAPES), default=None, help="only this model (default: two)")
     parser.add_argument("--steps", type=int, default=60, help="optimizer steps of a fit (default: %(default)s)")
     parser.add_argument("--length", type=int, default=256, help="tokens a row (default: %(default)s)")
@@ -360,7 +372,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     def costs() -> Any:
         size = (3, 24, 16, 1) if options.tiny else (options.steps, options.length, options.pool, options.repeats)
         for shape in shapes:
-            yield shape, cost(shape, *size, options.replay_rows, options.compile_blocks)
+            yield shape, cost(shape, *size, options.replay_rows, options.compile_blocks, options.precompute)
 
     def losses() -> Any:
         yield from distillation(*((2, 16, 128, 16) if options.tiny else (8, 512, 128256, 2048)))

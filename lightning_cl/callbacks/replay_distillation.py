@@ -25,6 +25,8 @@ from lightning_cl.functional.distillation import chunked_cross_entropy, distilla
 from lightning_cl.functional.dual_weight import DualWeight
 from lightning_cl.replay.anchor import WeightAnchor
 from lightning_cl.replay.heads import check_head, head_parameters, replay_tokens
+from lightning_cl.replay.reference_states import cut_differently
+from lightning_cl.replay.stored_reference import StoredReference
 
 _Kind = Literal["initial", "previous_task"]
 _KINDS: tuple[_Kind, _Kind] = ("initial", "previous_task")
@@ -67,6 +69,10 @@ class ReplayDistillation(ContinualCallback):
         reference: full fine-tuning only: a frozen copy of the LightningModule, or of its Hugging Face model, instead of
             the weights that the run starts with.
         offload_reference: keep copied weights on the CPU; each step moves them to the device and back out.
+        precompute: take the reference of rows that are known ahead (``SelfGenerated``, ``GeneralSamples``) once, in
+            large batches, instead of in each step. It costs ``2 * hidden size`` bytes of host memory a token in
+            bfloat16, and saves the pass of each step: most of it where a row is used again, or where the model is so
+            small that its kernels run faster than they are launched. Not for a trained head, nor under FSDP1.
         chunk_size: tokens whose logits exist at once; by default such that they fill 128 MiB.
 
     Raises:
@@ -97,6 +103,7 @@ class ReplayDistillation(ContinualCallback):
         sources: list[str] | None = None,
         reference: nn.Module | None = None,
         offload_reference: bool = False,
+        precompute: bool = False,
         chunk_size: int | None = None,
     ) -> None:
         super().__init__()
@@ -108,6 +115,7 @@ class ReplayDistillation(ContinualCallback):
         self.anchor = anchor
         self.sources = sources
         self.offload_reference = offload_reference
+        self.precompute = precompute
         self.chunk_size = chunk_size
         # In a list, so that Lightning's binding of methods and PyTorch's registration pass it by.
         self._given = [reference] if reference is not None else []
@@ -116,6 +124,7 @@ class ReplayDistillation(ContinualCallback):
         self._kind_of: dict[str, _Kind] = {}
         self._used: list[_Kind] = []
         self._keys: dict[_Kind, Any] = {}
+        self._stored: dict[_Kind, StoredReference] = {}
         self._watched = ""
         self._head: nn.Module | None = None
         self._teacher_heads: dict[_Kind, tuple[Tensor, Tensor | None]] = {}
@@ -147,6 +156,13 @@ class ReplayDistillation(ContinualCallback):
             )
         if self.reference is not None:
             _check_reference(self.reference, pl_module)
+        if self.precompute and self.objective == "distillation":
+            unforeseen = [source.name for source in self._distilled(trainer) if source.known_rows() is None]
+            if unforeseen:
+                raise MisconfigurationException(
+                    f"`ReplayDistillation(precompute=True)`: the rows of {unforeseen[0]} are not known ahead, so their"
+                    " reference cannot be taken before they are drawn. Leave it out of `sources`, or leave `precompute` out."
+                )
 
     @override
     def on_task_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -158,14 +174,17 @@ class ReplayDistillation(ContinualCallback):
         for anchor in self._anchors.values():
             anchor.rebind()
         self._kind_of = {source.name: self._kind(source) for source in _replay_sources(trainer)}
-        wanted = {self._kind_of[name] for name in self._kind_of if self.sources is None or name in self.sources}
+        wanted = {self._kind_of[source.name] for source in self._distilled(trainer)}
         self._used = [kind for kind in _KINDS if kind in wanted] if self.objective == "distillation" else []
         self._watched = self.attachment.network_name
         self.attachment.watch(self, self._watched)
         # A head that is trained is part of the reference, and only a pass of our own can look at it.
         trained = any(p.requires_grad for p in self._head.parameters())
+        self._stored = {kind: StoredReference() for kind in self._used} if self.precompute else {}
+        if self._stored:
+            _check_precompute(trainer, pl_module, trained)
         self._keys = {kind: (kind, f"head of {id(self)}") if trained else kind for kind in self._used}
-        for kind, key in self._keys.items():
+        for kind, key in () if self._stored else self._keys.items():
             self.attachment.add_reference(self, key, partial(self._inside, kind, trained))
         self.attachment.drop_replay_labels(self, self.sources)
         self.attachment.add_loss(self, "distillation", self._term)
@@ -186,6 +205,23 @@ class ReplayDistillation(ContinualCallback):
                     " from a checkpoint that has it."
                 )
             anchor.take(pl_module, _named(self.reference, pl_module) if self.reference is not None else None)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Take the reference of rows that are known ahead, where they are new; the batch's own are drawn by now."""
+        for kind, stored in self._stored.items():
+            sources = [source for source in self._distilled(trainer) if self._kind_of[source.name] == kind]
+            versions = tuple(source.version for source in sources)
+            if stored.made_for != versions:
+                rows = [row for source in sources for row in source.known_rows() or []]
+                with self._anchors[kind].inside(pl_module):
+                    stored.take(trainer, pl_module, self._watched, rows, _pad_values(trainer), made_for=versions)
+
+    def _distilled(self, trainer: pl.Trainer) -> list[Any]:
+        sources = _replay_sources(trainer)
+        return [source for source in sources if self.sources is None or source.name in self.sources]
 
     def _kind(self, source: Any) -> _Kind:
         if self.anchor != "auto":
@@ -254,7 +290,12 @@ class ReplayDistillation(ContinualCallback):
             kept = kept[:, : targets.shape[1]]
             value = chunked_cross_entropy(states, targets, weight, bias, self._transform, kept, self.chunk_size)
             return value, kept.sum()
-        teacher = _rows(step.reference[self._keys[kind]][self._watched], group)
+        if self._stored:
+            if hidden.shape[1] != mask.shape[1]:
+                raise cut_differently(f"{hidden.shape[1]} tokens a row, the batch {mask.shape[1]}")
+            teacher = self._stored[kind].batch([rows.ids[i] for i in group], mask)
+        else:
+            teacher = _rows(step.reference[self._keys[kind]][self._watched], group)
         teacher_weight, teacher_bias = self._teacher_heads.get(kind, (None, None))
         value = distillation_loss(
             hidden,
@@ -321,9 +362,16 @@ def _rows(tensor: Tensor, group: list[int]) -> Tensor:
     return tensor[first:last] if last - first == len(group) else tensor[torch.tensor(group, device=tensor.device)]
 
 
+def _mixers(trainer: pl.Trainer) -> list[Any]:
+    return [c for c in trainer.callbacks if getattr(c, "adds_replay_rows", False)]  # type: ignore[attr-defined]
+
+
 def _replay_sources(trainer: pl.Trainer) -> list[Any]:
-    mixers = [c for c in trainer.callbacks if getattr(c, "adds_replay_rows", False)]  # type: ignore[attr-defined]
-    return [source for mixer in mixers for source in getattr(mixer, "sources", [])]
+    return [source for mixer in _mixers(trainer) for source in getattr(mixer, "sources", [])]
+
+
+def _pad_values(trainer: pl.Trainer) -> dict[str, float]:
+    return {key: value for mixer in _mixers(trainer) for key, value in mixer.pad_values.items()}
 
 
 def _named(reference: nn.Module, pl_module: pl.LightningModule) -> dict[str, Tensor]:
@@ -332,6 +380,20 @@ def _named(reference: nn.Module, pl_module: pl.LightningModule) -> dict[str, Ten
     if not isinstance(reference, pl.LightningModule):
         prefix = anatomy.name_of(pl_module, anatomy.pretrained_model(pl_module)) + "."  # type: ignore[arg-type]
     return {weights.clean_name(prefix + name): p.detach() for name, p in reference.named_parameters()}
+
+
+def _check_precompute(trainer: pl.Trainer, pl_module: pl.LightningModule, head_is_trained: bool) -> None:
+    if weights.sharding_root(pl_module) is not pl_module:
+        raise MisconfigurationException(
+            "`ReplayDistillation(precompute=True)` runs the network between two steps, and under"
+            f" `{type(trainer.strategy).__name__}` (FSDP1) the weights exist only inside a step. Use FSDP2:"
+            ' `strategy="cl_fsdp"` or `ModelParallelStrategy`; or leave `precompute` out.'
+        )
+    if head_is_trained:
+        raise MisconfigurationException(
+            "`ReplayDistillation(precompute=True)` keeps hidden states, from which the reference's predictions follow by"
+            " the head alone, and this head is trained. Freeze it, or leave `precompute` out."
+        )
 
 
 def _check_reference(reference: nn.Module, pl_module: pl.LightningModule) -> None:

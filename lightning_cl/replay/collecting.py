@@ -137,6 +137,29 @@ class ActivationCollector:
             self._fill(store, held, shares, thresholds, keep)
         return Collected({name: limits.cpu() for name, limits in thresholds.items()}, store)
 
+    def each(self, rows: Sequence[Row], take: Callable[[str, list[str], Sequence[Tensor]], None]) -> None:
+        """Make the pass for the activations alone, and hand them over batch by batch.
+
+        Args:
+            rows: the rows, the same on every rank.
+            take: called on every rank as ``take(layer, keys, activations)`` with everybody's rows: ``[tokens, D]`` on the
+                CPU for each, in the dtype that the module puts out.
+
+        Raises:
+            MisconfigurationException: if a watched module does not run, or puts out another shape.
+        """
+        with self._evaluation():
+            for batch, real in self._batches(rows):
+                recorded = self._forward(batch)
+                lengths = self._lengths(batch[:real], recorded)
+                shares = gather_objects(([row_key(row) for row in batch[:real]], lengths))
+                for name, hidden in recorded.items():
+                    hidden = hidden if hidden.ndim == 3 else hidden[:, None]
+                    flat = hidden.flatten(0, 1).index_select(0, _places(lengths, hidden))
+                    pieces = self._everyones(flat, [sum(tokens) for _, tokens in shares])
+                    for piece, (keys, tokens) in zip(pieces, shares, strict=True):
+                        take(name, keys, piece.cpu().split(tokens))
+
     def _run(self, batch: Sequence[Row], real: int) -> _Held:
         """One forward pass: its activations join the moments. Rows after the first ``real`` ones count nowhere."""
         recorded = self._forward(batch)

@@ -131,6 +131,10 @@ class GeneralSamples(ReplaySource):
             self._rows[index] = Row(content, str(place), loss_tokens(content), None, self.name)
         return self._rows[index]
 
+    def known_rows(self) -> list[Row]:
+        """All chosen samples."""
+        return [self.row(index) for index in range(self.available())]
+
     def fingerprint(self) -> str:
         """A hash of the samples in use, in order: equal texts, choice and length give equal fingerprints."""
         digest = hashlib.sha256()

@@ -108,13 +108,7 @@ class ReferenceStates:
         if mask is not None and not (on_gpu and self._lengths_checked):
             # On a GPU in the first step only: it waits for the device.
             self._lengths_checked = True
-            here = mask.sum(1).cpu()
-            if not torch.equal(mask.cpu(), torch.arange(width) < lengths[:, None]):
-                key, new, old = next(
-                    ((k, int(n), int(m)) for k, n, m in zip(keys, here, lengths, strict=True) if n != m),
-                    (keys[0], "padding before the", "it behind them"),
-                )
-                raise cut_differently(f"{new} tokens in row {key!r}, whose stored states have {old}")
+            check_tokens(keys, lengths, mask)
         rows = states.batch(layer, keys, width, pin_memory=on_gpu).to(device, non_blocking=True)
         return rows[:, 0] if mask is None else rows
 
@@ -345,6 +339,26 @@ def cut_differently(found: str) -> MisconfigurationException:
         " states cannot be matched. Cut rows in the data (`GeneralSamples(max_tokens=...)`) and not in `training_step`,"
         " and keep the setting."
     )
+
+
+def check_tokens(keys: Sequence[str], lengths: Tensor, mask: Tensor) -> None:
+    """Refuse rows whose tokens do not lie as they did when their states were taken. Waits for the device.
+
+    Args:
+        keys: ids of the rows.
+        lengths: tokens of each row then, ``[R]`` on the CPU.
+        mask: bool ``[R, T]``, True at real tokens.
+
+    Raises:
+        MisconfigurationException: for another number of tokens, or padding before them.
+    """
+    mask = mask.cpu()
+    if not torch.equal(mask, torch.arange(mask.shape[1]) < lengths[:, None]):
+        key, new, old = next(
+            ((k, int(n), int(m)) for k, n, m in zip(keys, mask.sum(1), lengths, strict=True) if n != m),
+            (keys[0], "padding before the", "it behind them"),
+        )
+        raise cut_differently(f"{new} tokens in row {key!r}, whose stored states have {old}")
 
 
 def fixed_rows(sources: list[Any]) -> list[Row]:

@@ -264,6 +264,15 @@ class SelfGenerated(ReplaySource):
         self._use.count(count)
         return [self._pool[i] for i in self._walk.take(count, len(self._pool), rank, world_size)]
 
+    def known_rows(self) -> list[Row]:
+        """The rows of the pool."""
+        return list(self._pool)
+
+    @property
+    def version(self) -> int:
+        """How many pools were made."""
+        return self._pools
+
     def end_task(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task_index: int) -> None:
         """Keep the form of the task's rows, agreed over the ranks."""
         if self.prompts == "past_tasks":

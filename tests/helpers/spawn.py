@@ -6,6 +6,7 @@ from __future__ import annotations
 import faulthandler
 import os
 import socket
+import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -47,6 +48,10 @@ def _enter(rank: int, fn: Callable[..., Any], nprocs: int, port: int, args: tupl
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+    # Its work done, a process was now and then aborted while Python came down: a native thread was still there.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def run(fn: Callable[..., Any], nprocs: int = 2, *args: Any) -> None:

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A reference's hidden states of rows that are known ahead: taken once, in large batches, instead of in each step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+
+from lightning_cl.replay.collecting import ActivationCollector
+from lightning_cl.replay.reference_states import check_tokens, cut_differently
+from lightning_cl.replay.rows import Row
+
+# Tokens of one pass: enough to keep a GPU busy with a small model.
+_TOKENS_A_PASS = 8192
+
+
+class StoredReference:
+    """Hidden states ``[tokens, D]`` of each of a set of rows, in host memory, in the network's own dtype.
+
+    Every rank holds those of all rows, since it may draw any of them.
+
+    Attributes:
+        made_for: what the states were taken for, as the caller named it; None before :meth:`take`.
+        seconds: time spent on taking states so far.
+    """
+
+    def __init__(self) -> None:
+        self.made_for: Hashable = None
+        self.seconds = 0.0
+        self._states: dict[str, Tensor] = {}
+        self._checked = False
+
+    def take(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        layer: str,
+        rows: Sequence[Row],
+        pad_values: Mapping[str, float],
+        made_for: Hashable,
+    ) -> None:
+        """Take the states of these rows with the weights that the module has now, and forget those of others. Collective.
+
+        Args:
+            trainer: the running Trainer.
+            module: the module, on its device and sharded, outside of a training step.
+            layer: dotted name of the submodule whose output is kept.
+            rows: the rows, the same on every rank.
+            pad_values: fill by key, for keys of variable length outside the usual ones.
+            made_for: names the occasion, for :attr:`made_for`.
+        """
+        began = time.perf_counter()
+        states: dict[str, Tensor] = {}
+
+        def keep(_: str, keys: list[str], activations: Sequence[Tensor]) -> None:
+            states.update(zip(keys, activations, strict=True))
+
+        if rows:
+            batch_size = max(1, _TOKENS_A_PASS // max(1, *(row.length for row in rows)))
+            collector = ActivationCollector(trainer, module, [layer], pad_values, batch_size, skip_first_token=False)
+            collector.each(rows, keep)
+        self._states, self._checked, self.made_for = states, False, made_for
+        seconds = time.perf_counter() - began
+        self.seconds += seconds
+        size = sum(s.numel() * s.element_size() for s in states.values())
+        rank_zero_info(f"Reference states of {len(states)} rows: {size / 2**20:.1f} MiB in {seconds:.1f} s.")
+
+    def batch(self, keys: Sequence[str], mask: Tensor) -> Tensor:
+        """The states of some rows, each beside its token: ``[R, T, D]`` on the mask's device, zero at the padding.
+
+        Args:
+            keys: ids of the rows.
+            mask: bool ``[R, T]``, True at real tokens. Nothing waits for the copy to its device.
+
+        Raises:
+            MisconfigurationException: if a row has other tokens than when its states were taken.
+        """
+        pieces = [self._states[key] for key in keys]
+        lengths, width = [len(piece) for piece in pieces], mask.shape[1]
+        if max(lengths) > width:
+            raise cut_differently(f"{width} tokens a row, and rows whose stored states have {max(lengths)}")
+        if not (mask.is_cuda and self._checked):
+            # On a GPU in the first step only: it waits for the device.
+            self._checked = True
+            check_tokens(keys, torch.tensor(lengths), mask)
+        first = pieces[0]
+        out: Any = torch.zeros(len(pieces), width, first.shape[1], dtype=first.dtype, pin_memory=mask.is_cuda)
+        for row, piece in zip(out, pieces, strict=True):
+            row[: len(piece)] = piece
+        return out.to(mask.device, non_blocking=True)
