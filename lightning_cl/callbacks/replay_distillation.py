@@ -216,8 +216,11 @@ class ReplayDistillation(ContinualCallback):
             versions = tuple(source.version for source in sources)
             if stored.made_for != versions:
                 rows = [row for source in sources for row in source.known_rows() or []]
+                assert self._head is not None
+                config: Any = anatomy.pretrained_model(pl_module).config  # type: ignore[union-attr]
+                size = config.get_text_config().hidden_size * next(self._head.parameters()).element_size()
                 with self._anchors[kind].inside(pl_module):
-                    stored.take(trainer, pl_module, self._watched, rows, _pad_values(trainer), made_for=versions)
+                    stored.take(trainer, pl_module, self._watched, rows, _pad_values(trainer), size, made_for=versions)
 
     def _distilled(self, trainer: pl.Trainer) -> list[Any]:
         sources = _replay_sources(trainer)

@@ -190,6 +190,14 @@ class TestRefusals:
         with pytest.raises(MisconfigurationException, match="replay rows are cut differently"):
             fit(tmp_path, Cuts(build()), [ReplayMixer(general()), ReplayDistillation(precompute=True)])
 
+    def test_more_states_than_the_host_can_hold(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        pages = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 4}
+        monkeypatch.setattr("os.sysconf", pages.__getitem__)
+        with pytest.raises(MisconfigurationException, match="GiB of states of 6 rows on a node"):
+            fit(tmp_path, Recorder(build()), [ReplayMixer(general()), ReplayDistillation(precompute=True)])
+        pages["SC_PHYS_PAGES"] = 40
+        fit(tmp_path, Recorder(build()), [ReplayMixer(general()), ReplayDistillation(precompute=True)])
+
     def test_padding_before_the_tokens(self) -> None:
         stored = StoredReference()
         stored._states = {"a": torch.ones(2, 3), "b": torch.ones(3, 3)}
