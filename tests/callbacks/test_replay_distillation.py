@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -344,31 +345,36 @@ def test_logged_terms(tmp_path: Path) -> None:
     assert "cl/distillation_ratio" in module.logged
 
 
-@pytest.mark.parametrize("anchor", ["initial", "previous_task"])
-@pytest.mark.parametrize("stop_at", [1, 2, 5])
-def test_resumed_equals_unbroken(tmp_path: Path, anchor: str, stop_at: int) -> None:
+def resume(folder: Path, stop_at: int, make: Callable[[], tuple[Recorder, list[Any]]]) -> None:
+    """A run of seven steps that goes on from its checkpoint after ``stop_at`` of them ends with the same bits."""
     from lightning.pytorch.callbacks import ModelCheckpoint
     from torchdata.stateful_dataloader import StatefulDataLoader
 
     from tests.helpers.models import collate
 
     def run(ckpt: Any = None) -> Recorder:
-        module = Recorder(tiny_llama(), lr=0.3)
-        callbacks: list[Any] = [
-            ReplayMixer(general(), rows_per_batch=2),
-            ReplayDistillation(target_kl=0.01, anchor=anchor),
-        ]
+        module, callbacks = make()
         if ckpt is None:
-            callbacks.append(ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=stop_at, save_top_k=-1))
+            callbacks.append(ModelCheckpoint(folder, "{step}", every_n_train_steps=stop_at, save_top_k=-1))
         data = StatefulDataLoader(TokenRows(32), batch_size=4, collate_fn=collate)
-        trainer(tmp_path, max_steps=7, callbacks=callbacks, enable_checkpointing=ckpt is None).fit(
+        trainer(folder, max_steps=7, callbacks=callbacks, enable_checkpointing=ckpt is None).fit(
             module, data, ckpt_path=ckpt
         )
         return module
 
-    whole, resumed = run(), run(tmp_path / f"step={stop_at}.ckpt")
+    whole, resumed = run(), run(folder / f"step={stop_at}.ckpt")
     for (name, a), b in zip(whole.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("anchor", ["initial", "previous_task"])
+@pytest.mark.parametrize("stop_at", [1, 2, 5])
+def test_resumed_equals_unbroken(tmp_path: Path, anchor: str, stop_at: int) -> None:
+    def make() -> tuple[Recorder, list[Any]]:
+        method = ReplayDistillation(target_kl=0.01, anchor=anchor)
+        return Recorder(tiny_llama(), lr=0.3), [ReplayMixer(general(), rows_per_batch=2), method]
+
+    resume(tmp_path, stop_at, make)
 
 
 class Ours(CausalLMModule):

@@ -15,10 +15,10 @@ from lightning_cl import weights
 from lightning_cl.callbacks import ReplayDistillation, ReplayMixer
 from lightning_cl.replay import EpisodicMemory, SelfGenerated
 from lightning_cl.replay.stored_reference import StoredReference
-from tests.callbacks.test_replay_distillation import Recorder, fit, general, naive_kl, naive_run, same
+from tests.callbacks.test_replay_distillation import Recorder, fit, general, naive_kl, naive_run, resume, same
 from tests.helpers import spawn
 from tests.helpers.fsdp1 import cpu_fsdp1
-from tests.helpers.models import PlainLM, TokenRows, collate, lora, tiny_llama, trainer
+from tests.helpers.models import PlainLM, lora, tiny_llama
 
 
 def build() -> Any:
@@ -98,27 +98,12 @@ def test_two_sources_with_a_reference_each(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stop_at", [2, 5])
 def test_resumed_equals_unbroken(tmp_path: Path, stop_at: int) -> None:
-    from lightning.pytorch.callbacks import ModelCheckpoint
-    from torchdata.stateful_dataloader import StatefulDataLoader
-
-    def run(ckpt: Any = None) -> Recorder:
-        module = Recorder(build(), lr=0.3)
+    def make() -> tuple[Recorder, list[Any]]:
         source = SelfGenerated(4, 12, refresh="every_n_steps", every_n_steps=3)
-        callbacks: list[Any] = [
-            ReplayMixer(source, rows_per_batch=2),
-            ReplayDistillation(target_kl=0.01, anchor="previous_task", precompute=True),
-        ]
-        if ckpt is None:
-            callbacks.append(ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=stop_at, save_top_k=-1))
-        data = StatefulDataLoader(TokenRows(32), batch_size=4, collate_fn=collate)
-        trainer(tmp_path, max_steps=7, callbacks=callbacks, enable_checkpointing=ckpt is None).fit(
-            module, data, ckpt_path=ckpt
-        )
-        return module
+        method = ReplayDistillation(target_kl=0.01, anchor="previous_task", precompute=True)
+        return Recorder(build(), lr=0.3), [ReplayMixer(source, rows_per_batch=2), method]
 
-    whole, resumed = run(), run(tmp_path / f"step={stop_at}.ckpt")
-    for (name, a), b in zip(whole.named_parameters(), resumed.parameters(), strict=True):
-        assert torch.equal(a, b), name
+    resume(tmp_path, stop_at, make)
 
 
 def _strategies() -> dict[str, Any]:
