@@ -157,7 +157,7 @@ class ReplayDistillation(ContinualCallback):
         if self.reference is not None:
             _check_reference(self.reference, pl_module)
         if self.precompute and self.objective == "distillation":
-            unforeseen = [source.name for source in self._distilled(trainer) if source.known_rows() is None]
+            unforeseen = [source.name for source in self._distilled(trainer) if source.version is None]
             if unforeseen:
                 raise MisconfigurationException(
                     f"`ReplayDistillation(precompute=True)`: the rows of {unforeseen[0]} are not known ahead, so their"
@@ -215,7 +215,7 @@ class ReplayDistillation(ContinualCallback):
             sources = [source for source in self._distilled(trainer) if self._kind_of[source.name] == kind]
             versions = tuple(source.version for source in sources)
             if stored.made_for != versions:
-                rows = [row for source in sources for row in source.known_rows() or []]
+                rows = [row for source in sources for row in source.known_rows()]
                 assert self._head is not None
                 config: Any = anatomy.pretrained_model(pl_module).config  # type: ignore[union-attr]
                 size = config.get_text_config().hidden_size * next(self._head.parameters()).element_size()

@@ -131,6 +131,11 @@ class GeneralSamples(ReplaySource):
             self._rows[index] = Row(content, str(place), loss_tokens(content), None, self.name)
         return self._rows[index]
 
+    @property
+    def version(self) -> int:
+        """The samples are chosen once."""
+        return 0
+
     def known_rows(self) -> list[Row]:
         """All chosen samples."""
         return [self.row(index) for index in range(self.available())]

@@ -37,14 +37,14 @@ class ReplaySource(ABC):
     def start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, attachment: Attachment) -> None:
         """Called when the task starts and the model can be run: collect or generate what this task needs."""
 
-    def known_rows(self) -> list[Row] | None:
-        """All rows that :meth:`draw` takes from until :attr:`version` changes; None for a source that cannot tell."""
+    @property
+    def version(self) -> int | None:
+        """A number that changes with :meth:`known_rows`, on all ranks at once; None if rows are not known ahead."""
         return None
 
-    @property
-    def version(self) -> int:
-        """Changes with :meth:`known_rows`, at the same call on all ranks."""
-        return 0
+    def known_rows(self) -> list[Row]:
+        """All rows that :meth:`draw` takes from until :attr:`version` changes, the same on all ranks."""
+        return []
 
     def observe(self, rows: list[Row]) -> None:
         """Called with the task's own rows of a step, before replay rows are drawn."""
