@@ -106,6 +106,35 @@ def test_resumed_equals_unbroken(tmp_path: Path, stop_at: int) -> None:
     resume(tmp_path, stop_at, make)
 
 
+@pytest.mark.gpu
+def test_on_a_gpu_it_is_the_same_and_no_step_waits_for_the_states(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # Lightning sets it
+    batches = 0
+    batch = StoredReference.batch
+
+    def strict(self: StoredReference, *args: Any) -> Any:
+        nonlocal batches
+        batches += 1
+        # The first compares tokens and states.
+        torch.cuda.set_sync_debug_mode("error" if batches > 1 else "default")
+        try:
+            return batch(self, *args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(StoredReference, "batch", strict)
+    models = []
+    for precompute in (False, True):
+        module = Recorder(build(), lr=0.3)
+        callbacks = [ReplayMixer(general(), rows_per_batch=2), ReplayDistillation(2.0, precompute=precompute)]
+        fit(tmp_path, module, callbacks, accelerator="gpu")
+        models.append(module.model.cpu())
+    same(*models)
+    assert batches == len(module.batches) > 2
+
+
 def _strategies() -> dict[str, Any]:
     from lightning.pytorch.strategies import DDPStrategy
 
