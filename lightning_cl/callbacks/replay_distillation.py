@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +23,13 @@ from lightning_cl.distributed import world_size
 from lightning_cl.functional.distillation import chunked_cross_entropy, distillation_loss
 from lightning_cl.functional.dual_weight import DualWeight
 from lightning_cl.replay.anchor import WeightAnchor
+from lightning_cl.replay.distillation_checks import (
+    check_arguments,
+    check_known_ahead,
+    check_precompute,
+    check_reference,
+    check_sources,
+)
 from lightning_cl.replay.heads import check_head, head_parameters, replay_tokens
 from lightning_cl.replay.reference_states import cut_differently
 from lightning_cl.replay.stored_reference import StoredReference
@@ -107,7 +113,7 @@ class ReplayDistillation(ContinualCallback):
         chunk_size: int | None = None,
     ) -> None:
         super().__init__()
-        _check_arguments(weight, target_kl, objective, temperature, anchor, sources, reference, chunk_size)
+        check_arguments(weight, target_kl, objective, temperature, anchor, sources, reference, chunk_size)
         self.weight = weight
         self.target_kl = target_kl
         self.objective = objective
@@ -147,22 +153,11 @@ class ReplayDistillation(ContinualCallback):
         """Refuse what cannot work."""
         self.require_replay_rows(trainer)
         anatomy.find_head(pl_module)
-        known = {source.name for source in _replay_sources(trainer)}
-        unknown = [name for name in self.sources or [] if name not in known]
-        if unknown:
-            raise MisconfigurationException(
-                f"`ReplayDistillation(sources={self.sources})`: the run has no replay source called {unknown[0]!r}, only"
-                f" {sorted(known)}. Name one of these, or leave `sources` out to distil all."
-            )
+        check_sources(self.sources, _replay_sources(trainer))
         if self.reference is not None:
-            _check_reference(self.reference, pl_module)
+            check_reference(self.reference, pl_module)
         if self.precompute and self.objective == "distillation":
-            unforeseen = [source.name for source in self._distilled(trainer) if source.version is None]
-            if unforeseen:
-                raise MisconfigurationException(
-                    f"`ReplayDistillation(precompute=True)`: the rows of {unforeseen[0]} are not known ahead, so their"
-                    " reference cannot be taken before they are drawn. Leave it out of `sources`, or leave `precompute` out."
-                )
+            check_known_ahead(self._distilled(trainer))
 
     @override
     def on_task_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -182,7 +177,7 @@ class ReplayDistillation(ContinualCallback):
         trained = any(p.requires_grad for p in self._head.parameters())
         self._stored = {kind: StoredReference() for kind in self._used} if self.precompute else {}
         if self._stored:
-            _check_precompute(trainer, pl_module, trained)
+            check_precompute(trainer, pl_module, trained)
         self._keys = {kind: (kind, f"head of {id(self)}") if trained else kind for kind in self._used}
         for kind, key in () if self._stored else self._keys.items():
             self.attachment.add_reference(self, key, partial(self._inside, kind, trained))
@@ -383,71 +378,3 @@ def _named(reference: nn.Module, pl_module: pl.LightningModule) -> dict[str, Ten
     if not isinstance(reference, pl.LightningModule):
         prefix = anatomy.name_of(pl_module, anatomy.pretrained_model(pl_module)) + "."  # type: ignore[arg-type]
     return {weights.clean_name(prefix + name): p.detach() for name, p in reference.named_parameters()}
-
-
-def _check_precompute(trainer: pl.Trainer, pl_module: pl.LightningModule, head_is_trained: bool) -> None:
-    if weights.sharding_root(pl_module) is not pl_module:
-        raise MisconfigurationException(
-            "`ReplayDistillation(precompute=True)` runs the network between two steps, and under"
-            f" `{type(trainer.strategy).__name__}` (FSDP1) the weights exist only inside a step. Use FSDP2:"
-            ' `strategy="cl_fsdp"` or `ModelParallelStrategy`; or leave `precompute` out.'
-        )
-    if head_is_trained:
-        raise MisconfigurationException(
-            "`ReplayDistillation(precompute=True)` keeps hidden states, from which the reference's predictions follow by"
-            " the head alone, and this head is trained. Freeze it, or leave `precompute` out."
-        )
-
-
-def _check_reference(reference: nn.Module, pl_module: pl.LightningModule) -> None:
-    if anatomy.has_lora(pl_module):
-        raise MisconfigurationException(
-            "`ReplayDistillation(reference=...)` with a model that has adapters: its reference is the same model with the"
-            ' adapters off, at no memory. Leave `reference` out, or use `anchor="previous_task"`.'
-        )
-    trained = {p.data_ptr() for p in pl_module.parameters() if p.requires_grad and p.numel()}
-    if any(p.data_ptr() in trained for p in reference.parameters()):
-        raise MisconfigurationException(
-            f"`ReplayDistillation(reference={type(reference).__name__})` is the model being trained (they share weights),"
-            " so its divergence from itself would always be 0. Pass `copy.deepcopy(model)`, made before"
-            ' training, or leave `reference` out: `anchor="initial"` keeps its own copy.'
-        )
-
-
-def _check_arguments(
-    weight: float,
-    target_kl: float | None,
-    objective: str,
-    temperature: float,
-    anchor: str,
-    sources: list[str] | None,
-    reference: nn.Module | None,
-    chunk_size: int | None,
-) -> None:
-    if not (weight >= 0 and math.isfinite(weight)):
-        raise ValueError(
-            f"`ReplayDistillation(weight={weight})`: must be finite and >= 0. Use 1.0 to 10.0, the paper's, or"
-            " `target_kl`, which finds it."
-        )
-    if objective not in ("distillation", "labels"):
-        raise ValueError(f'`ReplayDistillation(objective={objective!r})`: use "distillation" or "labels".')
-    if anchor not in ("auto", *_KINDS):
-        raise ValueError(f'`ReplayDistillation(anchor={anchor!r})`: use "auto", "initial" or "previous_task".')
-    if not temperature > 0:
-        raise ValueError(f"`ReplayDistillation(temperature={temperature})`: logits are divided by it: must be > 0.")
-    if target_kl is not None and objective == "labels":
-        raise ValueError(
-            f'`ReplayDistillation(objective="labels", target_kl={target_kl})`: with labels no divergence is measured that'
-            ' could be held. Use `objective="distillation"`, or a fixed `weight`.'
-        )
-    if sources is not None and not sources:
-        raise ValueError(
-            "`ReplayDistillation(sources=[])` would distil nothing. Leave `sources` out to distil all rows."
-        )
-    if reference is not None and anchor == "previous_task":
-        raise ValueError(
-            '`ReplayDistillation(reference=..., anchor="previous_task")`: a given reference does not move from task to'
-            " task. Leave one of them out."
-        )
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"`ReplayDistillation(chunk_size={chunk_size})`: must be at least 1, or None for automatic.")
