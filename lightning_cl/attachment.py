@@ -131,7 +131,7 @@ class Attachment:
         self._joiner.check()
         compiled = _is_compiled(self.module)
         # Of compiled code, blocks that a strategy prepared leave the rest of the network in Python.
-        self._traced = compiled and _is_compiled(self.module, but=is_prepared)
+        self._traced = _is_compiled(self.module, but=is_prepared)
         # Dynamo traces hooks into the compiled graph; ours must run in Python, at every step.
         outside_graph = torch._dynamo.disable if compiled else (lambda hook: hook)
         if self._joiner.providers:

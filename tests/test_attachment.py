@@ -21,7 +21,7 @@ from lightning_cl.callbacks import ContinualCallback, ReplayMixer
 from lightning_cl.replay import GeneralSamples
 from lightning_cl.strategies import CLSingleDeviceStrategy
 from lightning_cl.weights import adapters_disabled
-from tests.helpers import models
+from tests.helpers import models, waits
 
 
 class Probe(ContinualCallback):
@@ -213,26 +213,13 @@ def test_reference_pass_without_padding_never_waits_for_the_gpu(
 ) -> None:
     """The host launches it while the device is still at work on the step before."""
     monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # Lightning sets it
-    passes = 0
-    original = Attachment._run_references
-
-    def strict(self: Any, *args: Any) -> None:
-        nonlocal passes
-        if self._in_reference:  # the pass's own call of the network
-            return original(self, *args)
-        passes += 1
-        torch.cuda.set_sync_debug_mode("error" if passes > 1 else "default")
-        try:
-            return original(self, *args)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-
-    monkeypatch.setattr(Attachment, "_run_references", strict)
+    # A pass's own call of the network does not count.
+    passes = waits.forbid(monkeypatch, Attachment, "_run_references", counts=lambda self: not self._in_reference)
     module = models.PlainLM(models.lora(models.tiny_llama()))
     mixer = ReplayMixer(_general(), rows_per_batch=2, layout="joined")
     settings = {"strategy": traced_blocks()} if compiled else {}
     _fit(tmp_path, module, [mixer, Probe(reference=True)], accelerator="gpu", max_steps=3, **settings)
-    assert passes == 3
+    assert len(passes) == 3
 
 
 def test_detaching_restores_the_module_exactly(tmp_path: Any) -> None:

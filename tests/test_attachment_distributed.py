@@ -221,12 +221,6 @@ def test_rows_that_do_not_fit_on_one_rank_are_an_error_on_all(tmp_path: Path) ->
     spawn.run(_misfits, 2, tmp_path)
 
 
-def packed(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """One row ``[1, tokens]`` of segments, told apart by their positions."""
-    joined = {key: torch.cat([row[key] for row in rows])[None] for key in ("input_ids", "labels")}
-    return {**joined, "position_ids": torch.cat([torch.arange(len(row["input_ids"])) for row in rows])[None]}
-
-
 def _collations(rank: int, folder: Path) -> None:
     calls = {"collate_rows": 0, "join_packed": 0}
 
@@ -241,7 +235,7 @@ def _collations(rank: int, folder: Path) -> None:
 
     for name in calls:
         setattr(joining, name, counted(name))
-    for collate in (models.collate, packed):
+    for collate in (models.collate, models.pack):
         for source in (GeneralSamples(models.TokenRows(6, seed=9), num_samples=6), EpisodicMemory(4)):
             rows = torch.utils.data.DataLoader(models.TokenRows(16), batch_size=2, collate_fn=collate)
             mixer = ReplayMixer(source, rows_per_batch=2)

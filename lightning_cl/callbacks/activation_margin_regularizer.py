@@ -27,6 +27,7 @@ from lightning_cl.functional.margin import (
 from lightning_cl.replay.collecting import to_device, without_first_token
 from lightning_cl.replay.identity import row_key
 from lightning_cl.replay.reference_states import ReferenceOptions, ReferenceStates, cut_differently, fixed_rows
+from lightning_cl.replay.source import replay_pad_values, replay_sources
 from lightning_cl.step import Step
 from lightning_cl.term_weight import TermWeight
 
@@ -240,8 +241,7 @@ class ActivationMarginRegularizer(ContinualCallback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the reference, unless the run has one; only now has everything of a checkpoint been restored."""
-        mixers: list[Any] = [c for c in trainer.callbacks if getattr(c, "adds_replay_rows", False)]  # type: ignore[attr-defined]
-        sources = [source for mixer in mixers for source in mixer.sources]
+        sources = replay_sources(trainer)
         self._sources = self._covered_sources(sources)
         rows = [row for row in fixed_rows(sources) if row.source in self._sources]
         if not rows and (self.reference == "stored" or self.objective == "margin"):
@@ -251,8 +251,7 @@ class ActivationMarginRegularizer(ContinualCallback):
                 " to `ReplayMixer`'s sources"
                 + (', or use `reference="recompute"`.' if self.objective != "margin" else ".")
             )
-        pad_values = {key: value for mixer in mixers for key, value in mixer.pad_values.items()}
-        self._reference.take(trainer, self._watched, rows, pad_values, self.task_index)
+        self._reference.take(trainer, self._watched, rows, replay_pad_values(trainer), self.task_index)
         super().on_train_start(trainer, pl_module)
 
     # ----------------------------------------------------------------- the reference

@@ -15,6 +15,7 @@ from typing_extensions import override
 from lightning_cl import rank_watch
 from lightning_cl.attachment import Attachment
 from lightning_cl.checkpoints import peek_callback_state, pending_checkpoint
+from lightning_cl.replay.source import replay_mixers
 
 
 @dataclass
@@ -87,7 +88,7 @@ class ContinualCallback(Callback):
         Raises:
             MisconfigurationException: naming the callback to add.
         """
-        if not any(getattr(callback, "adds_replay_rows", False) for callback in _callbacks(trainer)):
+        if not replay_mixers(trainer):
             raise MisconfigurationException(
                 f"`{type(self).__name__}` works on replay rows, and no callback of this Trainer adds any. Add"
                 " `ReplayMixer(GeneralSamples(...))` (or another source) to `callbacks`."
@@ -169,11 +170,6 @@ class ContinualCallback(Callback):
         """Stand where the checkpoint stood; a checkpoint from before this callback existed changes nothing."""
         if "clock" in state_dict:
             self._clock = _Clock(**state_dict["clock"])
-
-
-def _callbacks(trainer: pl.Trainer) -> list[Callback]:
-    # Lightning sets the attribute in a connector, where type checkers do not see it.
-    return trainer.callbacks  # type: ignore[attr-defined]
 
 
 def _refuse_finished_trainer(trainer: pl.Trainer) -> None:

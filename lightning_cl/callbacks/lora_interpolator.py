@@ -18,6 +18,7 @@ from lightning_cl import anatomy, weights
 from lightning_cl.attachment import Step
 from lightning_cl.callbacks.base import ContinualCallback
 from lightning_cl.functional.interpolation import consistency_loss, half_life_to_decay, remaining_share
+from lightning_cl.replay.source import replay_mixers
 from lightning_cl.slow_weights import SlowWeights, averaged_parameters
 
 # An average that still holds more than this share of the weights of before the task has hardly seen the task.
@@ -166,7 +167,7 @@ class LoRAInterpolator(ContinualCallback):
             )
         if self.consistency_weight == 0:
             return
-        if not any(getattr(callback, "adds_replay_rows", False) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        if not replay_mixers(trainer):
             self._say_no_rows()
             return
         self._watched = self._layer_names(pl_module)

@@ -32,6 +32,7 @@ from lightning_cl.replay.distillation_checks import (
 )
 from lightning_cl.replay.heads import check_head, head_parameters, replay_tokens
 from lightning_cl.replay.reference_states import cut_differently
+from lightning_cl.replay.source import replay_pad_values, replay_sources
 from lightning_cl.replay.stored_reference import StoredReference
 
 _Kind = Literal["initial", "previous_task"]
@@ -113,7 +114,7 @@ class ReplayDistillation(ContinualCallback):
         chunk_size: int | None = None,
     ) -> None:
         super().__init__()
-        check_arguments(weight, target_kl, objective, temperature, anchor, sources, reference, chunk_size)
+        check_arguments(weight, target_kl, objective, temperature, anchor, sources, reference, precompute, chunk_size)
         self.weight = weight
         self.target_kl = target_kl
         self.objective = objective
@@ -153,10 +154,10 @@ class ReplayDistillation(ContinualCallback):
         """Refuse what cannot work."""
         self.require_replay_rows(trainer)
         anatomy.find_head(pl_module)
-        check_sources(self.sources, _replay_sources(trainer))
+        check_sources(self.sources, replay_sources(trainer))
         if self.reference is not None:
             check_reference(self.reference, pl_module)
-        if self.precompute and self.objective == "distillation":
+        if self.precompute:
             check_known_ahead(self._distilled(trainer))
 
     @override
@@ -168,7 +169,7 @@ class ReplayDistillation(ContinualCallback):
         check_head(trainer, pl_module)
         for anchor in self._anchors.values():
             anchor.rebind()
-        self._kind_of = {source.name: self._kind(source) for source in _replay_sources(trainer)}
+        self._kind_of = {source.name: self._kind(source) for source in replay_sources(trainer)}
         wanted = {self._kind_of[source.name] for source in self._distilled(trainer)}
         self._used = [kind for kind in _KINDS if kind in wanted] if self.objective == "distillation" else []
         self._watched = self.attachment.network_name
@@ -215,10 +216,12 @@ class ReplayDistillation(ContinualCallback):
                 config: Any = anatomy.pretrained_model(pl_module).config  # type: ignore[union-attr]
                 size = config.get_text_config().hidden_size * next(self._head.parameters()).element_size()
                 with self._anchors[kind].inside(pl_module):
-                    stored.take(trainer, pl_module, self._watched, rows, _pad_values(trainer), size, made_for=versions)
+                    stored.take(
+                        trainer, pl_module, self._watched, rows, replay_pad_values(trainer), size, made_for=versions
+                    )
 
     def _distilled(self, trainer: pl.Trainer) -> list[Any]:
-        sources = _replay_sources(trainer)
+        sources = replay_sources(trainer)
         return [source for source in sources if self.sources is None or source.name in self.sources]
 
     def _kind(self, source: Any) -> _Kind:
@@ -358,18 +361,6 @@ def _rows(tensor: Tensor, group: list[int]) -> Tensor:
     """The rows of a group, without a copy where they follow each other (an index also makes the host wait)."""
     first, last = group[0], group[-1] + 1
     return tensor[first:last] if last - first == len(group) else tensor[torch.tensor(group, device=tensor.device)]
-
-
-def _mixers(trainer: pl.Trainer) -> list[Any]:
-    return [c for c in trainer.callbacks if getattr(c, "adds_replay_rows", False)]  # type: ignore[attr-defined]
-
-
-def _replay_sources(trainer: pl.Trainer) -> list[Any]:
-    return [source for mixer in _mixers(trainer) for source in getattr(mixer, "sources", [])]
-
-
-def _pad_values(trainer: pl.Trainer) -> dict[str, float]:
-    return {key: value for mixer in _mixers(trainer) for key, value in mixer.pad_values.items()}
 
 
 def _named(reference: nn.Module, pl_module: pl.LightningModule) -> dict[str, Tensor]:

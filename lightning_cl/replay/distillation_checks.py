@@ -22,6 +22,7 @@ def check_arguments(
     anchor: str,
     sources: list[str] | None,
     reference: nn.Module | None,
+    precompute: bool,
     chunk_size: int | None,
 ) -> None:
     """Refuse numbers out of range, and options that contradict each other.
@@ -44,6 +45,11 @@ def check_arguments(
         raise ValueError(
             f'`ReplayDistillation(objective="labels", target_kl={target_kl})`: with labels no divergence is measured that'
             ' could be held. Use `objective="distillation"`, or a fixed `weight`.'
+        )
+    if precompute and objective == "labels":
+        raise ValueError(
+            '`ReplayDistillation(objective="labels", precompute=True)`: with labels there is no reference that could be'
+            ' taken ahead. Leave `precompute` out, or use `objective="distillation"`.'
         )
     if sources is not None and not sources:
         raise ValueError(

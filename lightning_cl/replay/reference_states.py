@@ -67,9 +67,9 @@ class ReferenceStates:
         self._copy = WeightAnchor(options.anchor)
         self._copied_at = -1
         self._module: pl.LightningModule | None = None
-        # Thresholds where the activations are, and whether rows and states were once compared token by token.
+        # Thresholds where the activations are.
         self._limits: dict[str, tuple[Tensor, Tensor]] = {}
-        self._lengths_checked = False
+        self._check_tokens = TokenCheck()
 
     def bind(self, module: pl.LightningModule) -> Callable[[], Any]:
         """Belong to this module from now on; gives the context that holds the reference's weights in it."""
@@ -101,14 +101,8 @@ class ReferenceStates:
         states = self.states
         assert states is not None
         width = 1 if mask is None else mask.shape[1]
-        lengths = torch.tensor([states.tokens(key) for key in keys])
-        if int(lengths.max()) > width:
-            raise cut_differently(f"{width} tokens a row, and rows whose stored states have {int(lengths.max())}")
+        self._check_tokens(keys, [states.tokens(key) for key in keys], width, mask)
         on_gpu = device.type == "cuda"
-        if mask is not None and not (on_gpu and self._lengths_checked):
-            # On a GPU in the first step only: it waits for the device.
-            self._lengths_checked = True
-            check_tokens(keys, lengths, mask)
         rows = states.batch(layer, keys, width, pin_memory=on_gpu).to(device, non_blocking=True)
         return rows[:, 0] if mask is None else rows
 
@@ -329,7 +323,7 @@ class ReferenceStates:
 
     def _forget_device(self) -> None:
         self._limits.clear()
-        self._lengths_checked = False
+        self._check_tokens = TokenCheck()
 
 
 def cut_differently(found: str) -> MisconfigurationException:
@@ -341,24 +335,36 @@ def cut_differently(found: str) -> MisconfigurationException:
     )
 
 
-def check_tokens(keys: Sequence[str], lengths: Tensor, mask: Tensor) -> None:
-    """Refuse rows whose tokens do not lie as they did when their states were taken. Waits for the device.
+class TokenCheck:
+    """Refuses replay rows whose tokens do not lie in the batch as they did when their states were taken."""
 
-    Args:
-        keys: ids of the rows.
-        lengths: tokens of each row then, ``[R]`` on the CPU.
-        mask: bool ``[R, T]``, True at real tokens.
+    def __init__(self) -> None:
+        self._compared = False
 
-    Raises:
-        MisconfigurationException: for another number of tokens, or padding before them.
-    """
-    mask = mask.cpu()
-    if not torch.equal(mask, torch.arange(mask.shape[1]) < lengths[:, None]):
-        key, new, old = next(
-            ((k, int(n), int(m)) for k, n, m in zip(keys, mask.sum(1), lengths, strict=True) if n != m),
-            (keys[0], "padding before the", "it behind them"),
-        )
-        raise cut_differently(f"{new} tokens in row {key!r}, whose stored states have {old}")
+    def __call__(self, keys: Sequence[str], lengths: Sequence[int], width: int, mask: Tensor | None) -> None:
+        """Compare a batch's rows. On a GPU the mask is looked at in the first call only: that waits for the device.
+
+        Args:
+            keys: ids of the rows.
+            lengths: tokens of each row then.
+            width: tokens of a row in the batch, padding included.
+            mask: bool ``[R, width]``, True at real tokens; None for rows without a token axis.
+
+        Raises:
+            MisconfigurationException: for another number of tokens, or padding before them.
+        """
+        if max(lengths) > width:
+            raise cut_differently(f"{width} tokens a row, and rows whose stored states have {max(lengths)}")
+        if mask is None or (mask.is_cuda and self._compared):
+            return
+        self._compared = True
+        mask = mask.cpu()
+        if not torch.equal(mask, torch.arange(width) < torch.tensor(lengths)[:, None]):
+            key, new, old = next(
+                ((k, int(n), m) for k, n, m in zip(keys, mask.sum(1), lengths, strict=True) if n != m),
+                (keys[0], "padding before the", "it behind them"),
+            )
+            raise cut_differently(f"{new} tokens in row {key!r}, whose stored states have {old}")
 
 
 def fixed_rows(sources: list[Any]) -> list[Row]:

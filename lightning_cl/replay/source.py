@@ -14,6 +14,22 @@ if TYPE_CHECKING:
     from lightning_cl.attachment import Attachment
 
 
+def replay_mixers(trainer: pl.Trainer) -> list[Any]:
+    """The callbacks of a Trainer that add replay rows."""
+    callbacks: list[Any] = getattr(trainer, "callbacks", [])
+    return [callback for callback in callbacks if getattr(callback, "adds_replay_rows", False)]
+
+
+def replay_sources(trainer: pl.Trainer) -> list[Any]:
+    """Their sources, in order."""
+    return [source for mixer in replay_mixers(trainer) for source in getattr(mixer, "sources", [])]
+
+
+def replay_pad_values(trainer: pl.Trainer) -> dict[str, float]:
+    """What they fill shorter rows with, by key."""
+    return {key: value for mixer in replay_mixers(trainer) for key, value in mixer.pad_values.items()}
+
+
 class ReplaySource(ABC):
     """Where :class:`~lightning_cl.callbacks.ReplayMixer` takes replay rows from.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_cl.distributed import raise_together
 from lightning_cl.replay.collecting import ActivationCollector
-from lightning_cl.replay.reference_states import check_tokens, cut_differently
+from lightning_cl.replay.reference_states import TokenCheck
 from lightning_cl.replay.rows import Row
 
 # Tokens of one pass: enough to keep a GPU busy with a small model.
@@ -33,14 +33,12 @@ class StoredReference:
 
     Attributes:
         made_for: what the states were taken for, as the caller named it; None before :meth:`take`.
-        seconds: time spent on taking states so far.
     """
 
     def __init__(self) -> None:
         self.made_for: Hashable = None
-        self.seconds = 0.0
         self._states: dict[str, Tensor] = {}
-        self._checked = False
+        self._check_tokens = TokenCheck()
 
     def take(
         self,
@@ -78,11 +76,10 @@ class StoredReference:
             batch_size = max(1, _TOKENS_A_PASS // max(1, *(row.length for row in rows)))
             collector = ActivationCollector(trainer, module, [layer], pad_values, batch_size, skip_first_token=False)
             collector.each(rows, keep)
-        self._states, self._checked, self.made_for = states, False, made_for
-        seconds = time.perf_counter() - began
-        self.seconds += seconds
-        size = sum(s.numel() * s.element_size() for s in states.values())
+        self._states, self._check_tokens, self.made_for = states, TokenCheck(), made_for
         if rows:
+            seconds = time.perf_counter() - began
+            size = sum(s.numel() * s.element_size() for s in states.values())
             rank_zero_info(f"Reference states of {len(states)} rows: {size / 2**20:.1f} MiB in {seconds:.1f} s.")
 
     def batch(self, keys: Sequence[str], mask: Tensor) -> Tensor:
@@ -96,15 +93,9 @@ class StoredReference:
             MisconfigurationException: if a row has other tokens than when its states were taken.
         """
         pieces = [self._states[key] for key in keys]
-        lengths, width = [len(piece) for piece in pieces], mask.shape[1]
-        if max(lengths) > width:
-            raise cut_differently(f"{width} tokens a row, and rows whose stored states have {max(lengths)}")
-        if not (mask.is_cuda and self._checked):
-            # On a GPU in the first step only: it waits for the device.
-            self._checked = True
-            check_tokens(keys, torch.tensor(lengths), mask)
+        self._check_tokens(keys, [len(piece) for piece in pieces], mask.shape[1], mask)
         first = pieces[0]
-        out: Any = torch.zeros(len(pieces), width, first.shape[1], dtype=first.dtype, pin_memory=mask.is_cuda)
+        out: Any = torch.zeros(*mask.shape, first.shape[1], dtype=first.dtype, pin_memory=mask.is_cuda)
         for row, piece in zip(out, pieces, strict=True):
             row[: len(piece)] = piece
         return out.to(mask.device, non_blocking=True)

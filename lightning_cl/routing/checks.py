@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
 import torch
@@ -13,12 +13,13 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from lightning_cl.replay.source import replay_sources
 from lightning_cl.routing.features import shallow_modules
 
 if TYPE_CHECKING:
     from lightning_cl.routing.adapters import AdapterBank
 
-__all__ = ["check_arguments", "check_features", "check_finite", "check_run", "replay_sources", "warn_of_shared_weights"]
+__all__ = ["check_arguments", "check_features", "check_finite", "check_run", "warn_of_shared_weights"]
 
 _CALLBACK = "RLSRouterFitter"
 
@@ -61,7 +62,7 @@ def check_run(trainer: pl.Trainer, adapters: bool, general_class: bool) -> None:
         MisconfigurationException: For a memory of other tasks, slow weights that come too late, FSDP1, or no general
             samples to learn from.
     """
-    sources = replay_sources(trainer)
+    sources = {type(source).__name__ for source in replay_sources(trainer)}
     if general_class and "GeneralSamples" not in sources:
         raise MisconfigurationException(
             f"`general_class=True` of `{_CALLBACK}` learns from replayed general samples, and none are replayed."
@@ -143,17 +144,6 @@ def warn_of_shared_weights(bank: AdapterBank) -> None:
             " tasks' adapters and is itself not used: merge it into the model (`merge_and_unload`) to keep what it"
             " learnt."
         )
-
-
-def replay_sources(trainer: pl.Trainer) -> set[str]:
-    """Kinds of the replay sources in the Trainer's callbacks."""
-    callbacks: list[Any] = getattr(trainer, "callbacks", [])
-    return {
-        type(source).__name__
-        for callback in callbacks
-        if getattr(callback, "adds_replay_rows", False)
-        for source in callback.sources
-    }
 
 
 def _in_adapter(name: str) -> bool:

@@ -22,7 +22,7 @@ from lightning_cl.report.html import page
 from lightning_cl.report.run import find_runs
 from tests.helpers import spawn
 from tests.helpers.fsdp1 import cpu_fsdp1
-from tests.helpers.models import PlainLM, TokenRows, loader, lora, tiny_llama, trainer
+from tests.helpers.models import PlainLM, TokenRows, loader, lora, pack, tiny_llama, trainer
 
 
 class Recorder(PlainLM):
@@ -258,11 +258,6 @@ def test_separate_layout_for_modules_that_make_their_labels(tmp_path: Path) -> N
 
 
 def test_packed_batches(tmp_path: Path) -> None:
-    def pack(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        positions = [torch.arange(len(row["input_ids"])) for row in rows]
-        packed = {key: torch.cat([row[key] for row in rows])[None] for key in ("input_ids", "labels")}
-        return {**packed, "position_ids": torch.cat(positions)[None]}
-
     # With a cache, transformers does not see that the row is packed, and its segments attend to each other.
     module = Recorder(tiny_llama(use_cache=False), lr=0.3)
     teacher, expected = copy.deepcopy(module.model), copy.deepcopy(module.model)
@@ -471,6 +466,7 @@ class TestRefusals:
             ({"anchor": "now"}, r"`ReplayDistillation\(anchor='now'\)`"),
             ({"temperature": 0.0}, r"`ReplayDistillation\(temperature=0.0\)`"),
             ({"objective": "labels", "target_kl": 0.1}, "with labels no divergence is measured"),
+            ({"objective": "labels", "precompute": True}, "with labels there is no reference"),
             ({"sources": []}, "would distil nothing"),
             ({"chunk_size": 0}, r"`ReplayDistillation\(chunk_size=0\)`"),
             ({"reference": torch.nn.Linear(1, 1), "anchor": "previous_task"}, "does not move from task to task"),

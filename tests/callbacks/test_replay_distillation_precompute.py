@@ -16,9 +16,9 @@ from lightning_cl.callbacks import ReplayDistillation, ReplayMixer
 from lightning_cl.replay import EpisodicMemory, SelfGenerated
 from lightning_cl.replay.stored_reference import StoredReference
 from tests.callbacks.test_replay_distillation import Recorder, fit, general, naive_kl, naive_run, resume, same
-from tests.helpers import spawn
+from tests.helpers import spawn, waits
 from tests.helpers.fsdp1 import cpu_fsdp1
-from tests.helpers.models import PlainLM, lora, tiny_llama
+from tests.helpers.models import PlainLM, TokenRows, lora, pack, tiny_llama, trainer
 
 
 def build() -> Any:
@@ -63,6 +63,21 @@ def test_one_pass_over_many_rows_instead_of_one_in_each_step(tmp_path: Path) -> 
     steps = len(module.batches)
     assert steps > 2
     assert seen == [(1, False), (6, False)] + [(6, True)] * steps
+
+
+def test_packed_batches(tmp_path: Path) -> None:
+    """As with a pass in each step."""
+    models = []
+    for precompute in (False, True):
+        module = Recorder(lora(tiny_llama(use_cache=False)), lr=0.3)
+        data = torch.utils.data.DataLoader(TokenRows(16, ragged=True), batch_size=4, collate_fn=pack)
+        callbacks = [
+            ReplayMixer(general(ragged=True), rows_per_batch=2),
+            ReplayDistillation(2.0, precompute=precompute),
+        ]
+        trainer(tmp_path, callbacks=callbacks).fit(module, data)
+        models.append(module.model)
+    same(*models)
 
 
 @pytest.mark.parametrize("how", [{"refresh": "per_step"}, {"refresh": "every_n_steps", "every_n_steps": 3}])
@@ -111,20 +126,8 @@ def test_on_a_gpu_it_is_the_same_and_no_step_waits_for_the_states(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # Lightning sets it
-    batches = 0
-    batch = StoredReference.batch
-
-    def strict(self: StoredReference, *args: Any) -> Any:
-        nonlocal batches
-        batches += 1
-        # The first compares tokens and states.
-        torch.cuda.set_sync_debug_mode("error" if batches > 1 else "default")
-        try:
-            return batch(self, *args)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-
-    monkeypatch.setattr(StoredReference, "batch", strict)
+    # The first compares tokens and states.
+    batches = waits.forbid(monkeypatch, StoredReference, "batch")
     models = []
     for precompute in (False, True):
         module = Recorder(build(), lr=0.3)
@@ -132,7 +135,7 @@ def test_on_a_gpu_it_is_the_same_and_no_step_waits_for_the_states(
         fit(tmp_path, module, callbacks, accelerator="gpu")
         models.append(module.model.cpu())
     same(*models)
-    assert batches == len(module.batches) > 2
+    assert len(batches) == len(module.batches) > 2
 
 
 def _strategies() -> dict[str, Any]:

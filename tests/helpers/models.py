@@ -128,6 +128,12 @@ def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     }
 
 
+def pack(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """One row ``[1, tokens]`` of segments, told apart by their positions."""
+    joined = {key: torch.cat([row[key] for row in rows])[None] for key in ("input_ids", "labels")}
+    return {**joined, "position_ids": torch.cat([torch.arange(len(row["input_ids"])) for row in rows])[None]}
+
+
 def loader(rows: int = 16, batch_size: int = 4, **kwargs: Any) -> torch.utils.data.DataLoader:
     """A DataLoader over :class:`TokenRows`, in order."""
     return torch.utils.data.DataLoader(TokenRows(rows, **kwargs), batch_size=batch_size, collate_fn=collate)
