@@ -202,7 +202,7 @@ def cost(
 
     one_fit(module, data, 3, [], compiled)
     for count in replayed if compiled else replayed[:1]:  # each number of rows is compiled by itself
-        method(count, 3, 16, 0)
+        method(count, 3, pool, 0)
     names = {f"32+{count}": count for count in replayed}
     runs: dict[str, list[Any]] = {name: [] for name in ("plain", *names)}
     for repeat in range(repeats):  # interleaved, so that a clock that drifts touches all alike
