@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lightning_cl.functional.fused_divergence import divergence_and_gradient_, is_supported
+
 # Logits of one chunk: 2^25 float32 values are 128 MiB, enough to fill a GPU and small beside the activations.
 _CHUNK_ELEMENTS = 2**25
 # At least this many chunks, so that a small vocabulary does not bring the whole back in one piece; but a chunk of fewer
@@ -39,7 +41,8 @@ def distillation_loss(
     The soft objective of self-generated replay (arXiv 2605.26097, section 3), from hidden states instead of logits:
     each chunk of tokens goes through the head in the compute dtype and through a float32 log-softmax, and its gradients
     are taken on the spot, since the loss is a plain sum over tokens. So neither pass holds logits of more than one
-    chunk, and no product is computed twice. Second derivatives are not available.
+    chunk, and no product is computed twice. On a GPU, without ``logit_transform`` and a trained bias, a Triton kernel
+    does what comes between a chunk's products. Second derivatives are not available.
 
     Args:
         hidden: ``[..., D]``, the student's states at the head's input.
@@ -199,6 +202,9 @@ class _ChunkedLoss(torch.autograd.Function):
         grad_hidden = torch.empty_like(states) if needs[0] else None
         grad_weight = _HeadGradient(weight, compute, work, chunk_size, states.shape[0]) if needs[1] else None
         grad_bias = torch.zeros_like(bias, dtype=work) if needs[2] and bias is not None else None
+        # What the kernel leaves is rounded to the logits' dtype, which is too little for a sum over all tokens.
+        plain_kl = labels is None and transform is None and grad_bias is None and work == torch.float32
+        fused = plain_kl and is_supported(compute, states.device)
         head = weight.to(compute)
         teacher_head = head if teacher is None or teacher.weight is None else teacher.weight.to(compute)
         total = torch.zeros((), dtype=work, device=states.device)
@@ -210,13 +216,19 @@ class _ChunkedLoss(torch.autograd.Function):
             if labels is not None:
                 target = labels[piece].clamp_min(0)
             else:
-                source = _logits(_clean(teacher.hidden[piece], kept, compute), teacher_head, teacher.bias, work)
-                target = _log_softmax(source if transform is None else transform(source), temperature)
-                del source
+                kind = compute if fused else work
+                target = _logits(_clean(teacher.hidden[piece], kept, compute), teacher_head, teacher.bias, kind)
             # Without a name of its own here, the tensor of the logits is gone as soon as it has been used.
-            values, grad = _values_and_gradient(
-                _logits(inputs, head, bias, work), target, transform, temperature, any(needs)
-            )
+            if fused:
+                values, grad = divergence_and_gradient_(
+                    _logits(inputs, head, bias, compute), target, temperature, any(needs)
+                )
+            else:
+                if labels is None:
+                    target = _log_softmax(target if transform is None else transform(target), temperature)
+                values, grad = _values_and_gradient(
+                    _logits(inputs, head, bias, work), target, transform, temperature, any(needs)
+                )
             del target
             total += (values if kept is None else values.masked_fill(~kept, 0.0)).sum()
             if grad is None:
