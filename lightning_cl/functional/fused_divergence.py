@@ -43,17 +43,19 @@ if triton is not None:
         s_top, t_top = tl.max(s_max, 0), tl.max(t_max, 0)
         s_norm = s_top + tl.log(tl.sum(s_sum * tl.exp(s_max - s_top), 0))
         t_norm = t_top + tl.log(tl.sum(t_sum * tl.exp(t_max - t_top), 0))
-        # Differences of log-probabilities, and not of the two sums over the row: where both sides agree, nothing cancels.
+        # Each term with q - p, which adds up to nothing over the row: so no term is negative, and the rounding of the two
+        # norms, which is as large as a small divergence, falls out.
         total = tl.zeros([BLOCK], tl.float32)
         for start in range(0, vocabulary, BLOCK):
             inside = start + places < vocabulary
             s = tl.load(student + start + places, mask=inside, other=0.0).to(tl.float32) * scale - s_norm
             t = tl.load(teacher + start + places, mask=inside, other=0.0).to(tl.float32) * scale - t_norm
             p = tl.exp(t)
-            total += tl.where(inside, p * (t - s), 0.0)
+            difference = tl.exp(s) - p
+            # A logit of minus infinity, on either side, meets a probability of zero.
+            total += tl.where(inside, tl.where(p > 0, p * (t - s), 0.0) + difference, 0.0)
             if WITH_GRADIENT:
-                grad = (tl.exp(s) - p) * scale
-                tl.store(student + start + places, grad.to(student.dtype.element_ty), mask=inside)
+                tl.store(student + start + places, (difference * scale).to(student.dtype.element_ty), mask=inside)
         tl.store(values + row, tl.sum(total, 0))
 
 

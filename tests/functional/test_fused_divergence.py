@@ -35,36 +35,46 @@ def test_values_and_gradient_equal_the_definition(
     want, want_grad = definition(student, teacher, temperature)
     untouched = student.clone()
     values, none = divergence_and_gradient_(student, teacher, temperature, with_gradient=False)
-    assert none is None and torch.equal(student, untouched)
+    assert none is None
+    assert torch.equal(student, untouched)
     again, grad = divergence_and_gradient_(student, teacher, temperature)
-    assert grad is not None and grad.data_ptr() == student.data_ptr()
+    assert grad is not None
+    assert grad.data_ptr() == student.data_ptr()
     assert torch.equal(values, again)
     torch.testing.assert_close(values.double(), want, rtol=1e-5, atol=1e-6)
     # What is stored is rounded once.
-    torch.testing.assert_close(grad.double(), want_grad, rtol=2.0**-digits + 1e-5, atol=1e-7)
+    torch.testing.assert_close(grad.double(), want_grad, rtol=2.0**-digits + 1e-5, atol=1e-6)
 
 
 @pytest.mark.gpu
 def test_equal_sides_have_no_divergence_and_a_small_one_is_not_lost() -> None:
     teacher = logits(4, 50_000, torch.float32, 1)
     values, grad = divergence_and_gradient_(teacher.clone(), teacher)
-    assert grad is not None and not values.any() and not grad.any()
+    assert grad is not None
+    assert not values.any()
+    assert not grad.any()
     student = teacher + 1e-3 * logits(4, 50_000, torch.float32, 2)
     want, _ = definition(student, teacher, 1.0)
     values, _ = divergence_and_gradient_(student, teacher)
-    torch.testing.assert_close(values.double(), want, rtol=1e-2, atol=0)
+    torch.testing.assert_close(values.double(), want, rtol=0.05, atol=0)
     assert 0 < float(want.max()) < 1e-5
 
 
 @pytest.mark.gpu
 def test_minus_infinity_is_a_probability_of_zero_and_nan_stays_visible() -> None:
     teacher, student = (logits(3, 100, torch.float32, seed) for seed in (1, 2))
-    teacher[0, 5] = float("-inf")
+    teacher[0, 5] = teacher[0, 6] = student[0, 6] = float("-inf")
     student[1, 7] = float("nan")
     values, grad = divergence_and_gradient_(student.clone(), teacher)
     assert grad is not None
     torch.testing.assert_close(grad[0, 5], student[0].softmax(-1)[5])
-    assert values[1].isnan() and grad[1].isnan().all() and values[2].isfinite()
+    assert grad[0, 6] == 0
+    q, p = student[0].log_softmax(-1), teacher[0].log_softmax(-1)
+    real = p.isfinite()
+    torch.testing.assert_close(values[0], (p.exp() * (p - q))[real].sum())
+    assert values[1].isnan()
+    assert grad[1].isnan().all()
+    assert values[2].isfinite()
 
 
 @pytest.mark.gpu
@@ -96,7 +106,9 @@ def test_the_loss_is_the_same_and_takes_less_memory(
     (plain, plain_grads, plain_peak), (fast, fast_grads, fast_peak) = found
     torch.testing.assert_close(fast, plain, rtol=1e-5, atol=1e-7)
     for a, b in zip(fast_grads, plain_grads, strict=True):
-        assert a is not None and b is not None and a.isfinite().all()
+        assert a is not None
+        assert b is not None
+        assert a.isfinite().all()
         assert (a - b).float().norm() <= (1e-5 if dtype == torch.float32 else 5e-3) * b.float().norm()
     assert fast_peak < plain_peak
 
@@ -127,6 +139,7 @@ def test_no_kernel_without_a_gpu(dtype: torch.dtype) -> None:
 @pytest.mark.gpu
 def test_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cuda", torch.cuda.current_device())
-    assert is_supported(torch.bfloat16, device) and not is_supported(torch.float64, device)
+    assert is_supported(torch.bfloat16, device)
+    assert not is_supported(torch.float64, device)
     monkeypatch.setattr(fused_divergence, "triton", None)
     assert not is_supported(torch.bfloat16, device)
