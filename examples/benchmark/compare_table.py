@@ -155,7 +155,8 @@ def steps_of_equal_time(folder: Path, config: dict[str, Any], methods: Iterable[
     found = {}
     for method in methods:
         fixed = seconds_of_stream(costs[method], tasks, 0)
-        found[method] = max(1, int((time - fixed) / tasks / part(costs[method])["cost"]["step_seconds"]))
+        of_one_step = seconds_of_stream(costs[method], tasks, tasks) - fixed  # in each task
+        found[method] = max(1, int((time - fixed) / of_one_step))
     return found
 
 
@@ -217,7 +218,7 @@ def table(lines: list[Line], costs: dict[str, Run]) -> str:
 def cost_cells(line: Line, base: Line | None, costs: dict[str, Run]) -> list[str]:
     """Wall time and memory (from the cost pass) and tokens against sequential training, and bytes kept."""
     own = part(line.runs[0])["cost"]
-    wall = relative_time(line, costs)
+    wall = relative_time(line, costs, base)
     cells = ["-" if wall is None else f"{wall:.2f}x"]
     plain = None if base is None else part(base.runs[0])["cost"]
     extra = (own["tokens"] + own["generated_tokens"]) / plain["tokens"] - 1 if plain and plain["tokens"] else None
@@ -238,13 +239,17 @@ def _peak_memory(line: Line | None, costs: dict[str, Run]) -> int | None:
     return None if costs or first["recipe"].get("compile") else first["cost"]["peak_memory_bytes"]
 
 
-def relative_time(line: Line, costs: dict[str, Run]) -> float | None:
-    """The time of the whole stream without evaluation, against sequential training's; None where it is not known."""
+def relative_time(line: Line, costs: dict[str, Run], base: Line | None = None) -> float | None:
+    """The time of the whole stream without evaluation, against sequential training's; None where it is not known.
+
+    Sequential training makes the steps of ``base``, if given, else as many as this method.
+    """
     first = part(line.runs[0])
     method, tasks, steps = first["method"], len(first["tasks"]), first["cost"]["steps"]
     if method not in costs or "sequential" not in costs:
         return None
-    return seconds_of_stream(costs[method], tasks, steps) / seconds_of_stream(costs["sequential"], tasks, steps)
+    plain_steps = steps if base is None else part(base.runs[0])["cost"]["steps"]
+    return seconds_of_stream(costs[method], tasks, steps) / seconds_of_stream(costs["sequential"], tasks, plain_steps)
 
 
 def missing(runs: list[Run], config: dict[str, Any], orders: Iterable[str]) -> list[str]:
@@ -281,7 +286,10 @@ def document(folder: Path, config: dict[str, Any], plots: Path | None) -> str:
         group = [run for run in runs if origin(run) == where]
         orders = list(dict.fromkeys((part(run)["order"], "equal-time" in run.folder.parts) for run in group))
         for order, equal_time in orders:
-            chosen = [r for r in group if part(r)["order"] == order and ("equal-time" in r.folder.parts) == equal_time]
+            of_order = [run for run in group if part(run)["order"] == order]
+            chosen = [run for run in of_order if ("equal-time" in run.folder.parts) == equal_time]
+            if equal_time:  # its time is what the others were given
+                chosen += [run for run in of_order if part(run)["method"] == "sequential" and run not in chosen]
             same = {name: run for name, run in costs.items() if hardware_of(run) == hardware_of(chosen[0])}
             lines = lines_of(chosen, config["methods"])
             commits = ", ".join(sorted({str(run.made_by.get("commit") or "unknown")[:7] for run in chosen}))

@@ -129,7 +129,16 @@ def test_runs_tables_and_reports(
     # Equal time: a method that costs more a step takes fewer of them.
     assert compare.main(["run", *arguments, "--seeds", "0", "--methods", "memory", "--budget", "time"]) == 0
     timed = json.loads((out / "equal-time" / "two" / "memory" / "seed_0" / "task_matrix.json").read_text())
-    assert timed["comparison"]["budget"].endswith(" steps")
+    steps = int(timed["comparison"]["budget"].removesuffix(" steps"))
+    assert compare.main(["table", str(out), "--config", str(config)]) == 0
+    text = capsys.readouterr().out.split("(equal time)")[1].split("###")[0]
+    lines = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in text.splitlines() if line.startswith("|")}
+    assert list(lines)[2:] == ["sequential", "memory"]
+    assert lines["sequential"][8] == "1.00x"
+    # Whole steps, and at least one: within the time, and one more would not have been.
+    wall = float(lines["memory"][8].rstrip("x"))
+    assert wall <= 1.005 or steps == 1
+    assert wall * (steps + 2) / steps > 1
 
 
 def test_tuning_says_what_it_chose(
