@@ -67,7 +67,7 @@ class RLSRouterFitter(RoutedEvaluation):
         max_tasks: Number of adapters to allocate at the start. Needed when the model is sharded (FSDP) and the tasks
             do not come from a ``TaskStream``, whose number is known.
         general_class: Also learn a class ``"general"``, answered by the base model, from the ``GeneralSamples`` that a
-            ``ReplayMixer`` replays.
+            ``ReplayMixer`` replays; with its ``task_weight=0.99`` the adapters hardly train on them.
         evaluate_with: ``"routed"``, ``"oracle"`` (the adapter of the loader's own task; needs a ``TaskStream``), or
             ``"base"`` (no adapter): for comparison.
         compare: At the end of a ``fit_stream``, also test all tasks by oracle and with the base model, so that the
