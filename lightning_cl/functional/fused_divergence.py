@@ -52,7 +52,7 @@ if triton is not None:
             t = tl.load(teacher + start + places, mask=inside, other=0.0).to(tl.float32) * scale - t_norm
             p = tl.exp(t)
             difference = tl.exp(s) - p
-            # A logit of minus infinity, on either side, meets a probability of zero.
+            # Where the teacher's probability is zero, also for a logit of minus infinity, the student's is what is left.
             total += tl.where(inside, tl.where(p > 0, p * (t - s), 0.0) + difference, 0.0)
             if WITH_GRADIENT:
                 tl.store(student + start + places, (difference * scale).to(student.dtype.element_ty), mask=inside)
