@@ -207,10 +207,16 @@ def command_run(arguments: argparse.Namespace, config: dict[str, Any]) -> int:
     """Every (method, order, seed) that was asked for, the first seed of all methods first."""
     jobs = _jobs(arguments, config)
     if arguments.budget == "time":
+        # Sequential training's own runs are what the others are compared with.
+        jobs = [job for job in jobs if job.method != "sequential"]
         out, methods = arguments.out / "equal-time", [job.method for job in jobs]
-        steps = {job.order: {} for job in jobs}
-        for order in steps:
-            steps[order] = compare_table.steps_of_equal_time(arguments.out, config, methods, order)
+        for rows in {job.rows for job in jobs}:
+            encode_rows(config, rows, {task for job in jobs for task in job.tasks})
+        own_steps = {job.order: job.own_steps for job in jobs}
+        steps = {
+            order: compare_table.steps_of_equal_time(arguments.out, config, methods, own)
+            for order, own in own_steps.items()
+        }
         jobs = [replace(job, out=out, max_steps=steps[job.order][job.method]) for job in jobs]
     return min(run_jobs(_shard(jobs, arguments.shard), arguments.jobs), 1)
 
@@ -219,7 +225,8 @@ def command_cost(arguments: argparse.Namespace, config: dict[str, Any]) -> int:
     """Each method alone, for some steps of two tasks, with few rows to evaluate, and all without compiled blocks."""
     config = {**config, "recipe": {**config["recipe"], "test_rows": 8, "compile": False}, "probes": {}}
     jobs = [
-        replace(job, out=arguments.out / "cost", max_steps=arguments.steps) for job in _jobs(arguments, config, tasks=2)
+        replace(job, out=arguments.out / "cost", max_steps=arguments.steps, max_epochs=-1)
+        for job in _jobs(arguments, config, tasks=2)
     ]
     return min(run_jobs(jobs, 1, apart=True), 1)  # a run's memory and compiled code must not count for the next
 

@@ -40,7 +40,8 @@ class Job:
         out: folder of all results.
         rows: file of the encoded rows.
         settings: the method's own settings.
-        max_steps: steps of each task; None: the recipe's epochs.
+        max_steps: most steps of each task; None: no limit but the epochs.
+        max_epochs: epochs of each task; None: the recipe's.
         jobs: processes that share the device with this one; wall times are no costs then.
         commit: the commit, where the folder is no git repository.
     """
@@ -53,6 +54,7 @@ class Job:
     rows: Path
     settings: dict[str, Any]
     max_steps: int | None = None
+    max_epochs: int | None = None
     jobs: int = 1
     commit: str | None = None
 
@@ -70,6 +72,12 @@ class Job:
     def tasks(self) -> list[str]:
         """The tasks in their order."""
         return self.config["orders"][self.order]
+
+    @property
+    def own_steps(self) -> list[int]:
+        """Steps of each task over the recipe's epochs."""
+        rows, recipe = read_rows(self.rows)["train"], self.recipe
+        return [-(-len(rows[task]) // recipe["batch_size"]) * recipe["epochs"] for task in self.tasks]
 
     @property
     def folder(self) -> Path:
@@ -274,7 +282,7 @@ def run_one(job: Job) -> dict[str, Any]:
         devices=1,
         strategy=make_strategy(recipe),
         precision=recipe["precision"],
-        max_epochs=-1 if job.max_steps else recipe["epochs"],
+        max_epochs=job.max_epochs or recipe["epochs"],
         max_steps=job.max_steps or -1,
         callbacks=[costs, *callbacks],
         logger=False,

@@ -139,24 +139,37 @@ def costs_of(folder: Path) -> dict[str, Run]:
     return {part(run)["method"]: run for run in read(folder / "cost")[0]}
 
 
-def steps_of_equal_time(folder: Path, config: dict[str, Any], methods: Iterable[str], order: str) -> dict[str, int]:
-    """The steps a task that each method makes in the time that sequential training takes.
+def steps_of_equal_time(
+    folder: Path, config: dict[str, Any], methods: Iterable[str], own_steps: Sequence[int]
+) -> dict[str, int]:
+    """The steps that each method makes in the time of sequential training: at most so many in each task.
+
+    Args:
+        folder: where the cost pass wrote to.
+        config: the YAML's content.
+        methods: their names.
+        own_steps: what sequential training makes in each task. No method makes more in it; all at once makes as many
+            together.
 
     Raises:
         SystemExit: if the cost pass has not measured one of them.
     """
-    costs, recipe, methods = costs_of(folder), config["recipe"], set(methods)
+    costs, methods = costs_of(folder), set(methods)
     missing = sorted((methods | {"sequential"}) - costs.keys())
     if missing:
         raise SystemExit(f"`--budget time` needs the costs of {missing}. Run `compare.py cost --methods ...` first.")
-    tasks = len(config["orders"][order])
-    steps = -(-recipe["train_rows"] // recipe["batch_size"]) * recipe["epochs"]
-    time = seconds_of_stream(costs["sequential"], tasks, tasks * steps)
+    tasks, every = len(own_steps), sum(own_steps)
+    time = seconds_of_stream(costs["sequential"], tasks, every)
     found = {}
     for method in methods:
-        fixed = seconds_of_stream(costs[method], tasks, 0)
-        of_one_step = seconds_of_stream(costs[method], tasks, tasks) - fixed  # in each task
-        found[method] = max(1, int((time - fixed) / of_one_step))
+        joint = bool(config["methods"][method].get("joint"))
+        limit = every if joint else max(own_steps)
+
+        def total(steps: int, joint: bool = joint) -> int:
+            return steps if joint else sum(min(steps, own) for own in own_steps)
+
+        fitting = (n for n in range(limit, 0, -1) if seconds_of_stream(costs[method], tasks, total(n)) <= time)
+        found[method] = next(fitting, 1)
     return found
 
 

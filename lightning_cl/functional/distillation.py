@@ -41,8 +41,8 @@ def distillation_loss(
     The soft objective of self-generated replay (arXiv 2605.26097, section 3), from hidden states instead of logits:
     each chunk of tokens goes through the head in the compute dtype and through a float32 log-softmax, and its gradients
     are taken on the spot, since the loss is a plain sum over tokens. So neither pass holds logits of more than one
-    chunk, and no product is computed twice. On a GPU, without ``logit_transform`` and a trained bias, a Triton kernel
-    does what comes between a chunk's products. Second derivatives are not available.
+    chunk, and no product is computed twice. On a GPU a Triton kernel does what comes between a chunk's products, unless
+    there is a ``logit_transform`` or a trained bias. Second derivatives are not available.
 
     Args:
         hidden: ``[..., D]``, the student's states at the head's input.
@@ -375,7 +375,8 @@ def _values_and_gradient(
         grad = log_q.exp_().scatter_add_(-1, index, -torch.ones_like(index, dtype=log_q.dtype))
     else:
         p = target.exp()
-        values = (target.sub_(log_q)).mul_(p).sum(-1)
+        # A token that the teacher never chooses adds nothing, also where its logit is minus infinity.
+        values = target.sub_(log_q).mul_(p).masked_fill_(p == 0, 0.0).sum(-1)
         grad = log_q.exp_().sub_(p)
     if not with_gradient:
         return values, None

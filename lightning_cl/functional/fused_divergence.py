@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -43,8 +46,8 @@ if triton is not None:
         s_top, t_top = tl.max(s_max, 0), tl.max(t_max, 0)
         s_norm = s_top + tl.log(tl.sum(s_sum * tl.exp(s_max - s_top), 0))
         t_norm = t_top + tl.log(tl.sum(t_sum * tl.exp(t_max - t_top), 0))
-        # Each term with q - p, which adds up to nothing over the row: so no term is negative, and the rounding of the two
-        # norms, which is as large as a small divergence, falls out.
+        # q - p is added to each term; over a row it adds up to nothing. So, but for rounding, no term is negative, and an
+        # error of the two norms, which can be as large as a small divergence, falls out.
         total = tl.zeros([BLOCK], tl.float32)
         for start in range(0, vocabulary, BLOCK):
             inside = start + places < vocabulary
@@ -60,14 +63,27 @@ if triton is not None:
 
 
 def is_supported(logits_dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether :func:`divergence_and_gradient_` runs for logits of this dtype on this device: CUDA or ROCm with Triton.
+    """Whether :func:`divergence_and_gradient_` runs for logits of this dtype on this device, which is tried once.
 
     >>> is_supported(torch.bfloat16, torch.device("cpu"))
     False
     """
-    if device.type != "cuda" or triton is None or logits_dtype not in _DTYPES:
+    return triton is not None and device.type == "cuda" and logits_dtype in _DTYPES and _runs(logits_dtype, device)
+
+
+@functools.cache
+def _runs(dtype: torch.dtype, device: torch.device) -> bool:
+    # Triton needs a C compiler beside the GPU, and a GPU that it knows.
+    try:
+        divergence_and_gradient_(*torch.zeros(2, 1, 2, dtype=dtype, device=device))
+    except Exception as error:
+        warnings.warn(
+            f"Triton cannot make the distillation loss's kernel here ({error}), so it is computed by separate operations,"
+            " which take twice as long. Install a C compiler to have the kernel.",
+            stacklevel=2,
+        )
         return False
-    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+    return True
 
 
 def divergence_and_gradient_(
@@ -76,8 +92,8 @@ def divergence_and_gradient_(
     """KL(teacher || student) of each row, and its gradient with respect to the student's logits, in their place.
 
     The formula of :func:`~lightning_cl.functional.distillation_loss` (arXiv 2605.26097, section 3) in float32, read from
-    logits of 16 or 32 bits: each is read twice and written once, where separate operations read and write float32 copies
-    ten times over.
+    logits of 16 or 32 bits: both are read twice and the student's are written once, where separate operations read and
+    write float32 copies ten times over.
 
     Args:
         student: ``[n, V]``, contiguous; holds the gradient afterwards, in its dtype.

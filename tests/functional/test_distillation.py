@@ -115,6 +115,19 @@ def test_masked_tokens_may_hold_nan() -> None:
     assert not hidden.grad[~mask].any()
 
 
+def test_minus_infinity_is_a_token_that_is_never_chosen() -> None:
+    student, teacher, weight = (random(*shape, seed=seed) for seed, shape in enumerate([(4, 5), (4, 5), (9, 5)]))
+    padded = torch.zeros(9, dtype=torch.float64)
+    padded[7:] = float("-inf")
+    got = distillation_loss(student, teacher, weight, bias=padded)
+    torch.testing.assert_close(got, distillation_loss(student, teacher, weight[:7]))
+    # The student still chooses what the teacher never does.
+    alone = distillation_loss(student, teacher, weight, bias=torch.zeros(9, dtype=torch.float64), teacher_bias=padded)
+    assert got < alone < float("inf")
+    never = distillation_loss(student, teacher, weight, bias=padded, teacher_bias=torch.zeros(9, dtype=torch.float64))
+    assert never == float("inf")
+
+
 def test_no_unmasked_token_is_zero_with_a_graph() -> None:
     hidden = random(2, 3, 4, seed=0).requires_grad_()
     loss = distillation_loss(hidden, hidden.detach(), random(7, 4, seed=1), mask=torch.zeros(2, 3))

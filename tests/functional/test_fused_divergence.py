@@ -136,6 +136,15 @@ def test_no_kernel_without_a_gpu(dtype: torch.dtype) -> None:
     assert not is_supported(dtype, torch.device("cpu"))
 
 
+def test_without_a_compiler_the_loss_goes_on_without_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: torch.Tensor) -> None:
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(fused_divergence, "divergence_and_gradient_", fail)
+    with pytest.warns(UserWarning, match=r"Triton cannot make .*Failed to find C compiler.*Install a C compiler"):
+        assert not fused_divergence._runs.__wrapped__(torch.float32, torch.device("cpu"))
+
+
 @pytest.mark.gpu
 def test_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cuda", torch.cuda.current_device())
