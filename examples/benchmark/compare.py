@@ -210,12 +210,13 @@ def command_run(arguments: argparse.Namespace, config: dict[str, Any]) -> int:
         # Sequential training's own runs are what the others are compared with.
         jobs = [job for job in jobs if job.method != "sequential"]
         out, methods = arguments.out / "equal-time", [job.method for job in jobs]
-        for rows in {job.rows for job in jobs}:
-            encode_rows(config, rows, {task for job in jobs for task in job.tasks})
-        own_steps = {job.order: job.own_steps for job in jobs}
+        if not jobs:
+            print("Nothing to run: the time of sequential training is what other methods are given.")
+            return 0
+        encode_rows(config, jobs[0].rows, {task for job in jobs for task in job.tasks})
         steps = {
-            order: compare_table.steps_of_equal_time(arguments.out, config, methods, own)
-            for order, own in own_steps.items()
+            order: compare_table.steps_of_equal_time(arguments.out, config, methods, own_steps)
+            for order, own_steps in {job.order: job.own_steps for job in jobs}.items()
         }
         jobs = [replace(job, out=out, max_steps=steps[job.order][job.method]) for job in jobs]
     return min(run_jobs(_shard(jobs, arguments.shard), arguments.jobs), 1)

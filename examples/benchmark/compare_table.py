@@ -162,13 +162,9 @@ def steps_of_equal_time(
     time = seconds_of_stream(costs["sequential"], tasks, every)
     found = {}
     for method in methods:
-        joint = bool(config["methods"][method].get("joint"))
-        limit = every if joint else max(own_steps)
-
-        def total(steps: int, joint: bool = joint) -> int:
-            return steps if joint else sum(min(steps, own) for own in own_steps)
-
-        fitting = (n for n in range(limit, 0, -1) if seconds_of_stream(costs[method], tasks, total(n)) <= time)
+        limits = [every] if config["methods"][method].get("joint") else own_steps
+        totals = {steps: sum(min(steps, limit) for limit in limits) for steps in range(max(limits), 0, -1)}
+        fitting = (steps for steps in totals if seconds_of_stream(costs[method], tasks, totals[steps]) <= time)
         found[method] = next(fitting, 1)
     return found
 
@@ -299,10 +295,13 @@ def document(folder: Path, config: dict[str, Any], plots: Path | None) -> str:
         group = [run for run in runs if origin(run) == where]
         orders = list(dict.fromkeys((part(run)["order"], "equal-time" in run.folder.parts) for run in group))
         for order, equal_time in orders:
-            of_order = [run for run in group if part(run)["order"] == order]
-            chosen = [run for run in of_order if ("equal-time" in run.folder.parts) == equal_time]
-            if equal_time:  # its time is what the others were given
-                chosen += [run for run in of_order if part(run)["method"] == "sequential" and run not in chosen]
+            # Sequential training's time is what the others were given, so its own runs stand beside them.
+            chosen = [
+                run
+                for run in group
+                if part(run)["order"] == order
+                and ("equal-time" in run.folder.parts) == (equal_time and part(run)["method"] != "sequential")
+            ]
             same = {name: run for name, run in costs.items() if hardware_of(run) == hardware_of(chosen[0])}
             lines = lines_of(chosen, config["methods"])
             commits = ", ".join(sorted({str(run.made_by.get("commit") or "unknown")[:7] for run in chosen}))

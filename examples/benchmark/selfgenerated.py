@@ -193,22 +193,21 @@ def cost(
     data = DataLoader(make_rows(shape, 64, length, 0), batch_size=32)  # type: ignore[arg-type]
     module = Plain(make_model(shape, lora=True))
 
-    def method(replay: int, count: int, made: int, seed: int) -> tuple[float, float]:
-        source = SelfGenerated(made, length=length, seed=seed)
+    def method(replay: int, count: int, seed: int) -> tuple[float, float]:
+        source = SelfGenerated(pool, length=length, seed=seed)
         term = ReplayDistillation(weight=1.0, precompute=precompute)
-        return one_fit(
-            module, data, count, [ReplayMixer(source, rows_per_batch=replay), term], compiled
-        ), source.seconds
+        seconds = one_fit(module, data, count, [ReplayMixer(source, rows_per_batch=replay), term], compiled)
+        return seconds, source.seconds
 
     one_fit(module, data, 3, [], compiled)
     for count in replayed if compiled else replayed[:1]:  # each number of rows is compiled by itself
-        method(count, 3, pool, 0)
+        method(count, 3, 0)
     names = {f"32+{count}": count for count in replayed}
     runs: dict[str, list[Any]] = {name: [] for name in ("plain", *names)}
     for repeat in range(repeats):  # interleaved, so that a clock that drifts touches all alike
         runs["plain"].append(one_fit(module, data, steps, [], compiled))
         for name, count in names.items():
-            runs[name].append(method(count, steps, pool, repeat + 1))
+            runs[name].append(method(count, steps, repeat + 1))
     plain = statistics.median(runs["plain"])
     result: dict[str, Any] = {
         "steps": steps,

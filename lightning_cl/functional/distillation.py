@@ -205,6 +205,7 @@ class _ChunkedLoss(torch.autograd.Function):
         # What the kernel leaves is rounded to the logits' dtype, which is too little for a sum over all tokens.
         plain_kl = labels is None and transform is None and grad_bias is None and work == torch.float32
         fused = plain_kl and is_supported(compute, states.device)
+        kind = compute if fused else work
         head = weight.to(compute)
         teacher_head = head if teacher is None or teacher.weight is None else teacher.weight.to(compute)
         total = torch.zeros((), dtype=work, device=states.device)
@@ -216,18 +217,17 @@ class _ChunkedLoss(torch.autograd.Function):
             if labels is not None:
                 target = labels[piece].clamp_min(0)
             else:
-                kind = compute if fused else work
                 target = _logits(_clean(teacher.hidden[piece], kept, compute), teacher_head, teacher.bias, kind)
+                if not fused:
+                    target = _log_softmax(target if transform is None else transform(target), temperature)
             # Without a name of its own here, the tensor of the logits is gone as soon as it has been used.
             if fused:
                 values, grad = divergence_and_gradient_(
-                    _logits(inputs, head, bias, compute), target, temperature, any(needs)
+                    _logits(inputs, head, bias, kind), target, temperature, any(needs)
                 )
             else:
-                if labels is None:
-                    target = _log_softmax(target if transform is None else transform(target), temperature)
                 values, grad = _values_and_gradient(
-                    _logits(inputs, head, bias, work), target, transform, temperature, any(needs)
+                    _logits(inputs, head, bias, kind), target, transform, temperature, any(needs)
                 )
             del target
             total += (values if kept is None else values.masked_fill(~kept, 0.0)).sum()

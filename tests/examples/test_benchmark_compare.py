@@ -138,6 +138,7 @@ def test_runs_tables_and_reports(
     assert "-" not in {lines["memory"][column].strip() for column in (8, 9)}  # wall time and tokens against it
     # Sequential training is what the others are compared with: asked for, it is not run again.
     assert compare.main(["run", *arguments, "--seeds", "0", "--methods", "sequential", "--budget", "time"]) == 0
+    assert "Nothing to run: the time of sequential training" in capsys.readouterr().out
     assert not (out / "equal-time" / "two" / "sequential").exists()
 
 
