@@ -25,7 +25,7 @@ from lightning_cl import anatomy
 from lightning_cl.finite import FiniteGuard
 from lightning_cl.replay.joining import Added, Joiner, RowProvider
 from lightning_cl.step import ReplayRows, Step
-from lightning_cl.strategies.blocks import caches_ignored, is_prepared
+from lightning_cl.strategies.blocks import caches_ignored, is_prepared, run_uncompiled
 
 __all__ = ["Attachment", "Step", "replay_rows"]
 
@@ -130,7 +130,7 @@ class Attachment:
         self._refuse_dataloader_iter()
         self._joiner.check()
         compiled = _is_compiled(self.module)
-        # Of compiled code, blocks that a strategy prepared leave the rest of the network in Python.
+        # Of compiled code, blocks that a strategy prepared leave the rest of the network in Python, and their own hooks.
         self._traced = _is_compiled(self.module, but=is_prepared)
         # Dynamo traces hooks into the compiled graph; ours must run in Python, at every step.
         outside_graph = torch._dynamo.disable if compiled else (lambda hook: hook)
@@ -150,7 +150,8 @@ class Attachment:
                 outside_graph(self._run_references), prepend=True, with_kwargs=True
             )
             self._undo.append(handle.remove)
-        if compiled:
+        self._undo.append(run_uncompiled(self.module, self._watched.values()))
+        if self._traced:
             # Compiled code that predates a hook would silently go on without it, and without it afterwards.
             torch.compiler.reset()
             self._undo.append(torch.compiler.reset)

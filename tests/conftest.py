@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 # No test may look for a model or a data set on the network, and tiny models gain nothing from threads.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -44,6 +45,19 @@ def _no_leaks() -> Iterator[None]:
     os.environ.clear()
     os.environ.update(before)
     assert not leaked, f"the test changed environment variables: {sorted(leaked)}"
+
+
+@pytest.fixture
+def traces(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Counts what ``torch.compile`` makes: traced and differentiated, but without code, which would take a compiler."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    found = CompileCounterWithBackend("aot_eager")
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda fn, **kwargs: compile(fn, backend=found, **kwargs))
+    torch.compiler.reset()
+    yield found
+    torch.compiler.reset()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -20,6 +20,7 @@ from lightning_cl.attachment import Attachment
 from lightning_cl.callbacks import ContinualCallback, ReplayMixer
 from lightning_cl.replay import GeneralSamples
 from lightning_cl.strategies import CLSingleDeviceStrategy
+from lightning_cl.strategies.blocks import find_shard_blocks
 from lightning_cl.weights import adapters_disabled
 from tests.helpers import models, waits
 
@@ -169,19 +170,10 @@ class _Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.fixture
-def traced_blocks(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Makes the strategy with compiled blocks; no code is generated for them, which would take a compiler."""
-    compile = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda fn, **kwargs: compile(fn, backend="aot_eager", **kwargs))
-    yield lambda: CLSingleDeviceStrategy(compile_blocks=True)
-    torch.compiler.reset()
-
-
 @pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize("layout", ["joined", "separate", "compiled blocks"])
 def test_reference_pass_without_padding_reads_nothing_on_the_host(
-    tmp_path: Any, layout: str, ragged: bool, monkeypatch: pytest.MonkeyPatch, traced_blocks: Any
+    tmp_path: Any, layout: str, ragged: bool, monkeypatch: pytest.MonkeyPatch, traces: Any
 ) -> None:
     """Of rows with padding, transformers asks whether their mask masks anything."""
     reads: list[int] = []
@@ -198,7 +190,7 @@ def test_reference_pass_without_padding_reads_nothing_on_the_host(
     monkeypatch.setattr(Attachment, "_run_references", counted)
     module = models.PlainLM(models.lora(models.tiny_llama()))
     probe = Probe(reference=True)
-    settings = {"strategy": traced_blocks()} if layout == "compiled blocks" else {}
+    settings = {"strategy": CLSingleDeviceStrategy(compile_blocks=True)} if layout == "compiled blocks" else {}
     layout = "joined" if settings else layout
     mixer = ReplayMixer(_general(ragged=ragged), rows_per_batch=6, layout=layout)
     _fit(tmp_path, module, [mixer, probe], models.loader(ragged=ragged), **settings)
@@ -209,7 +201,7 @@ def test_reference_pass_without_padding_reads_nothing_on_the_host(
 @pytest.mark.gpu
 @pytest.mark.parametrize("compiled", [False, True])
 def test_reference_pass_without_padding_never_waits_for_the_gpu(
-    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, compiled: bool, traced_blocks: Any
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, compiled: bool, traces: Any
 ) -> None:
     """The host launches it while the device is still at work on the step before."""
     monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # Lightning sets it
@@ -217,7 +209,7 @@ def test_reference_pass_without_padding_never_waits_for_the_gpu(
     passes = waits.forbid(monkeypatch, Attachment, "_run_references", counts=lambda self: not self._in_reference)
     module = models.PlainLM(models.lora(models.tiny_llama()))
     mixer = ReplayMixer(_general(), rows_per_batch=2, layout="joined")
-    settings = {"strategy": traced_blocks()} if compiled else {}
+    settings = {"strategy": CLSingleDeviceStrategy(compile_blocks=True)} if compiled else {}
     _fit(tmp_path, module, [mixer, Probe(reference=True)], accelerator="gpu", max_steps=3, **settings)
     assert len(passes) == 3
 
@@ -509,3 +501,27 @@ def test_compiled_networks_run_the_hooks(tmp_path: Any, how: str) -> None:
     for mine, theirs in zip(*results, strict=True):
         for gradient, other in zip(mine.values(), theirs.values(), strict=True):
             torch.testing.assert_close(gradient, other)
+
+
+@pytest.mark.parametrize("part", ["", ".mlp"])
+def test_hooks_at_compiled_blocks_run_and_the_code_stays_for_the_next_task(
+    tmp_path: Any, traces: Any, part: str
+) -> None:
+    """Also inside one block, whose compiled code is another block's."""
+    modules = [models.PlainLM(models.lora(models.tiny_llama())) for _ in range(2)]
+    blocks = find_shard_blocks(modules[0])
+    compiled = []
+    for _ in range(2):
+        probes = [Probe(watch=blocks[-1] + part, reference=True) for _ in modules]
+        gradients = []
+        for module, probe, strategy in zip(
+            modules, probes, [CLSingleDeviceStrategy(compile_blocks=True), "auto"], strict=True
+        ):
+            callbacks = [ReplayMixer(_general(), rows_per_batch=2, layout="joined"), probe]
+            gradients.append(_fit(tmp_path, module, callbacks, max_steps=2, strategy=strategy)[1])
+        for mine, theirs in zip(*(probe.steps for probe in probes), strict=True):
+            torch.testing.assert_close(mine["hidden"], theirs["hidden"])
+            torch.testing.assert_close(mine["reference"], theirs["reference"])
+        torch.testing.assert_close(*gradients)
+        compiled.append(traces.frame_count)
+    assert compiled[0] == compiled[1] > 0

@@ -19,6 +19,7 @@ from lightning_cl.routing.adapters import AdapterBank
 from lightning_cl.routing.features import pool, prompt_mask
 from lightning_cl.routing.mixed import MixedAdapters
 from lightning_cl.routing.router import BASE, AnalyticRouter, Routes
+from lightning_cl.strategies.blocks import run_uncompiled
 
 __all__ = ["RoutedForward"]
 
@@ -106,9 +107,13 @@ class RoutedForward:
                 self._wrap_generate(part)
         layer = anatomy.get_submodule(self.module, self.feature_layer)
         self._keep(layer.register_forward_hook(outside(self._at_feature_layer)))
+        self._undo.append(run_uncompiled(self.module, [layer]))
         if self.bank is not None:
             above = set(self.bank.layers)
-            layers = {id(layer) for layer in anatomy.adapter_layers(self.module)}
+            adapted = anatomy.adapter_layers(self.module)
+            # In training these hooks do nothing and read nothing else, so that code without them is right.
+            self._undo.append(run_uncompiled(self.module, adapted, training=False))
+            layers = {id(layer) for layer in adapted}
             for name, part in self.bank.model.base_model.model.named_modules():
                 if id(part) in layers:
                     hook = self._at_adapter_layer if name in above else self._at_shallow_layer
@@ -311,7 +316,7 @@ class RoutedForward:
     def _at_adapter_layer(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # A user who names adapters in the call has PEFT's own hook after this one, which wins.
         mixed = self._mixed
-        if mixed is None or not self.enabled or layer.training:
+        if layer.training or mixed is None or not self.enabled:
             return None
         return args, {**kwargs, "adapter_names": mixed.base_names if mixed.can_add(layer) else mixed.names}
 
@@ -320,14 +325,21 @@ class RoutedForward:
     ) -> Tensor | None:
         mixed = self._mixed
         # Adapters that are disabled as a whole stay so.
-        if mixed is None or kwargs.get("adapter_names") is not mixed.base_names or layer.disable_adapters:
+        if (
+            layer.training
+            or mixed is None
+            or kwargs.get("adapter_names") is not mixed.base_names
+            or layer.disable_adapters
+        ):
             return None
         return mixed.add(layer, args[0], output)
 
     def _at_shallow_layer(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # The template reaches down here: if it is active, it must not change what the router reads.
+        if layer.training:
+            return None
         routing = self.enabled and (self.router is not None or self._given is not None)
-        if layer.training or not (routing or self._reading):
+        if not (routing or self._reading):
             return None
         return args, {**kwargs, "adapter_names": [BASE] * len(args[0])}
 

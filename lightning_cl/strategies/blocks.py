@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -19,6 +19,7 @@ _FLAG = "_lightning_cl_prepared"
 #: Attribute of the linear layers of a block whose activations are computed again in the backward pass: 4-bit ones, which may
 #: take a layer's place after its block was prepared, need to know that for their own product.
 RECOMPUTED = "_lightning_cl_recomputed"
+_UNCOMPILED = "_lightning_cl_uncompiled"
 _VARIANTS = 64
 _ignoring_caches = ContextVar("ignoring_caches", default=False)
 
@@ -108,16 +109,42 @@ def caches_ignored() -> Iterator[None]:
         _ignoring_caches.reset(token)
 
 
+def run_uncompiled(module: nn.Module, parts: Iterable[nn.Module], training: bool = True) -> Callable[[], None]:
+    """Let the blocks around some submodules run without compiled code, whether they are compiled now or later.
+
+    For submodules with hooks: equal blocks share their code, which is not made anew for hooks, so that those of one block
+    would run for all blocks or for none. Hooks on a block itself run around its code and need none of this.
+
+    Args:
+        module: any module.
+        parts: submodules of it.
+        training: in training too; else compiled code must be right without the hooks there.
+
+    Returns:
+        A function that takes it back.
+    """
+    wanted = {id(part) for part in parts}
+    names = [name for name, part in module.named_modules() if id(part) in wanted]
+    around = {name[:i] for name in names for i, character in enumerate(name) if character == "."}
+    marks = [module.get_submodule(name).__dict__.setdefault(_UNCOMPILED, []) for name in sorted(around)]
+    for mark in marks:
+        mark.append(training)
+
+    def undo() -> None:
+        for mark in marks:
+            mark.remove(training)
+
+    return undo
+
+
 def is_prepared(block: nn.Module) -> bool:
     """Whether :func:`prepare_blocks` made this module's ``forward``."""
     return _FLAG in block.__dict__ and any(block.__dict__[_FLAG][1])
 
 
 def _prepared(block: nn.Module, forward: Callable[..., Any], recompute: bool, compile: bool) -> Callable[..., Any]:
-    train = _recomputed(forward) if recompute else forward
-    evaluate = forward
-    if compile:
-        train, evaluate = torch.compile(train), torch.compile(forward)
+    uncompiled = _recomputed(forward) if recompute else forward
+    train, evaluate = (torch.compile(uncompiled), torch.compile(forward)) if compile else (uncompiled, forward)
 
     @functools.wraps(evaluate)
     def prepared(*args: Any, **kwargs: Any) -> Any:
@@ -131,8 +158,11 @@ def _prepared(block: nn.Module, forward: Callable[..., Any], recompute: bool, co
             return forward(*args, **kwargs)
         if useless:
             kwargs = {**kwargs, **empty, **({"use_cache": False} if "use_cache" in kwargs else {})}
+        hooked = compile and block.__dict__.get(_UNCOMPILED)
         if not training:
-            return evaluate(*args, **kwargs)
+            return (forward if hooked else evaluate)(*args, **kwargs)
+        if hooked and any(hooked):
+            return uncompiled(*args, **kwargs)
         if compile and args and isinstance(args[0], Tensor) and args[0].is_floating_point():
             # The first block's input has no gradient where the embedding is frozen: a variant for one block's sake.
             args = (args[0] if args[0].requires_grad else args[0].detach().requires_grad_(), *args[1:])

@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_cl.modules.option_scores import option_scores
 from lightning_cl.routing.features import prompt_mask
 from lightning_cl.routing.router import BASE
+from lightning_cl.strategies.blocks import find_shard_blocks, prepare_blocks
 from tests.helpers import models
 from tests.routing.tools import PROMPTS, TASKS, Setup, prompts
 
@@ -191,6 +192,35 @@ def test_packed_batch_is_refused(ready):
     positions = torch.cat([torch.arange(6), torch.arange(4)])[None]
     with pytest.raises(ValueError, match="packs several samples into one row"):
         ready.model(input_ids=ids, position_ids=positions)
+
+
+@pytest.mark.parametrize("attached", [False, True])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_compiled_blocks_are_routed_and_train_without_the_hooks(traces, attached, recompute):
+    """Blocks share their compiled code: it must not be that of blocks without a router's hooks, nor of blocks below."""
+    plain, compiled = Setup(), Setup()
+    batch = prompts()
+    if not attached:
+        compiled.routed.detach()
+    prepare_blocks(compiled.model, find_shard_blocks(compiled.model), recompute=recompute, compile=True)
+    with torch.no_grad():
+        compiled.model(**batch, use_cache=False)
+        compiled.routed.attach()
+        for _ in range(2):
+            expected = plain.model(**batch, use_cache=False).logits
+            assert torch.equal(compiled.model(**batch, use_cache=False).logits, expected)
+            assert compiled.routed.last.adapters == plain.routed.last.adapters
+    before = traces.frame_count
+    gradients = []
+    for ready in (plain, compiled):
+        ready.model.train()
+        ready.model.set_adapter("task_1")
+        ready.model(**batch, labels=batch["input_ids"]).loss.backward()
+        gradients.append({name: p.grad for name, p in ready.model.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(*gradients)
+    assert gradients[0]
+    # Blocks below the feature layer have fewer adapters; hooks make no difference.
+    assert traces.frame_count == before + 2
 
 
 def test_compiled_networks_are_routed_too():

@@ -7,23 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounterWithBackend
 
 from lightning_cl.strategies.blocks import caches_ignored, find_shard_blocks, is_prepared, prepare_blocks
 from tests.helpers import models
 
 IDS = torch.arange(4, 20)[None].repeat(3, 1)
-
-
-@pytest.fixture
-def counter(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Counts compiled variants; traces and differentiates, but generates no code, which would take a compiler."""
-    found = CompileCounterWithBackend("aot_eager")
-    compile = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda fn, **kwargs: compile(fn, backend=found, **kwargs))
-    torch.compiler.reset()
-    yield found
-    torch.compiler.reset()
 
 
 def _deep(layers: int = 10) -> Any:
@@ -37,29 +25,29 @@ def _gradients(module: Any, **kwargs: Any) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_ten_blocks_with_the_cache_that_models_make_unasked_share_one_code(counter: Any, recompute: bool) -> None:
+def test_ten_blocks_with_the_cache_that_models_make_unasked_share_one_code(traces: Any, recompute: bool) -> None:
     module = _deep()
     expected = _gradients(module)
     prepare_blocks(module, find_shard_blocks(module), recompute=recompute, compile=True)
     found = _gradients(module)
-    assert counter.frame_count == 1
+    assert traces.frame_count == 1
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)
 
 
-def test_generation_is_not_compiled_and_scoring_is(counter: Any) -> None:
+def test_generation_is_not_compiled_and_scoring_is(traces: Any) -> None:
     module = _deep(2)
     module.eval()
     expected = module.model.generate(input_ids=IDS, max_new_tokens=5, do_sample=False)
     prepare_blocks(module, find_shard_blocks(module), compile=True)
     assert torch.equal(module.model.generate(input_ids=IDS, max_new_tokens=5, do_sample=False), expected)
-    assert counter.frame_count == 0
+    assert traces.frame_count == 0
     with torch.no_grad():
         module.model(input_ids=IDS, use_cache=False)
-    assert counter.frame_count == 1
+    assert traces.frame_count == 1
 
 
-def test_a_cache_that_holds_something_is_kept(counter: Any) -> None:
+def test_a_cache_that_holds_something_is_kept(traces: Any) -> None:
     from transformers import DynamicCache
 
     module = _deep(2)
@@ -70,10 +58,10 @@ def test_a_cache_that_holds_something_is_kept(counter: Any) -> None:
         cache = module.model(input_ids=IDS, past_key_values=DynamicCache(), use_cache=True).past_key_values
     found = module.model(input_ids=IDS[:, :2], past_key_values=cache, use_cache=True).logits
     torch.testing.assert_close(found, expected)
-    assert counter.frame_count == 0
+    assert traces.frame_count == 0
 
 
-def test_a_pass_whose_cache_nobody_reads_runs_the_code_of_one_without(counter: Any) -> None:
+def test_a_pass_whose_cache_nobody_reads_runs_the_code_of_one_without(traces: Any) -> None:
     module = _deep(2).eval()
     prepare_blocks(module, find_shard_blocks(module), compile=True)
     with torch.no_grad():
@@ -81,7 +69,7 @@ def test_a_pass_whose_cache_nobody_reads_runs_the_code_of_one_without(counter: A
         expected = module.model(input_ids=IDS, attention_mask=torch.ones_like(IDS), use_cache=False).logits
         with caches_ignored():
             found = module.model(input_ids=IDS, use_cache=True)
-        assert counter.frame_count == 1
+        assert traces.frame_count == 1
         assert torch.equal(found.logits, expected)
         assert found.past_key_values.get_seq_length() == 0
         # Afterwards, and in a pass that goes on with a cache, it is kept.
@@ -90,7 +78,7 @@ def test_a_pass_whose_cache_nobody_reads_runs_the_code_of_one_without(counter: A
         with caches_ignored():
             cache = module.model(input_ids=IDS[:, :2], past_key_values=cache, use_cache=True).past_key_values
     assert cache.get_seq_length() == IDS.shape[1] + 2
-    assert counter.frame_count == 1
+    assert traces.frame_count == 1
 
 
 def test_asked_again_and_asked_otherwise() -> None:
