@@ -97,10 +97,10 @@ class Costs(pl.Callback):
     """Where a run's time goes; the first of the callbacks, so that the others' work lies between its hooks.
 
     Attributes:
-        by_stage: seconds by stage and phase: ``prepare_seconds`` (before a task's first step: rows made, references
+        by_stage: seconds by stage and phase: ``prepare_seconds`` (until :class:`Begin` ends it: rows made, references
             taken), ``train_seconds``, ``finish_seconds`` (after its last step: a router fitted), ``evaluation_seconds``.
         step_seconds: of each training step but a task's first three.
-        tokens: tokens, padding included, that went through the network in training steps, reference passes included.
+        tokens: tokens, padding included, that went through the network in training, reference passes included.
         peak_bytes: most memory of the device in use between a task's set-up and its last step.
     """
 
@@ -110,6 +110,7 @@ class Costs(pl.Callback):
         self.steps = self.tokens = self.peak_bytes = 0
         self._last = self._began = 0.0
         self._phase: str | None = None
+        self._counts = False
         self._stage = -1
         self._hook: Any = None
 
@@ -130,13 +131,19 @@ class Costs(pl.Callback):
         self._hook = pl_module.model.get_input_embeddings().register_forward_pre_hook(self._count)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        if self._phase == "prepare":
-            self._enter("train")
-            self._began = trainer.global_step
+        self._counts = True
+
+    def begin(self, step: int) -> bool:
+        """The preparation is over, if it was not yet."""
+        if self._phase != "prepare":
+            return False
+        self._enter("train")
+        self._began = step
+        return True
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         now = time.perf_counter()
-        if trainer.global_step - self._began > 3:
+        if self._phase == "train" and trainer.global_step - self._began > 3:
             self.step_seconds.append(now - self._last)
         self._last = now
 
@@ -144,6 +151,7 @@ class Costs(pl.Callback):
         self.steps += trainer.global_step
         self.by_stage[self._stage]["steps"] = float(trainer.global_step)
         self._enter("finish")
+        self._counts = False
         if torch.cuda.is_initialized():
             self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated())
 
@@ -155,7 +163,7 @@ class Costs(pl.Callback):
         self._enter(None)
 
     def _count(self, module: Any, args: tuple[Any, ...]) -> None:
-        if self._phase == "train":
+        if self._counts:
             self.tokens += args[0].numel()
 
     def _enter(self, phase: str | None) -> None:
@@ -166,6 +174,26 @@ class Costs(pl.Callback):
             cost = self.by_stage.setdefault(self._stage, {})
             cost[f"{self._phase}_seconds"] = cost.get(f"{self._phase}_seconds", 0.0) + now - self._entered
         self._phase, self._entered = phase, now
+
+
+class Begin(pl.Callback):
+    """The last of the callbacks, so that what the others do before a task's first step is over when it runs.
+
+    Compiled code is for the training steps alone: evaluations and reference passes would each compile a variant, and
+    for longer than they run.
+    """
+
+    def __init__(self, costs: Costs, compiled: bool) -> None:
+        self.costs = costs
+        self.compiled = compiled
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if self.costs.begin(trainer.global_step) and self.compiled:
+            torch.compiler.set_stance("default")
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if self.compiled:
+            torch.compiler.set_stance("force_eager")
 
 
 class BoundedStream(TaskStream):
@@ -254,12 +282,13 @@ def make_model(recipe: dict[str, Any], model: str) -> CausalLMModule:
     return module
 
 
-def make_strategy(recipe: dict[str, Any]) -> CLSingleDeviceStrategy:
-    """One device; with ``compile``, on a GPU, equal blocks are compiled once for all lengths and batch sizes."""
+def compiles(recipe: dict[str, Any]) -> bool:
+    """Whether the blocks are compiled: on a GPU, if asked for; once for all lengths and batch sizes."""
     compiled = bool(recipe.get("compile")) and torch.cuda.is_available()
     if compiled:
         torch._dynamo.config.assume_static_by_default = False
-    return CLSingleDeviceStrategy(compile_blocks=compiled)
+        torch.compiler.set_stance("force_eager")
+    return compiled
 
 
 def run_one(job: Job) -> dict[str, Any]:
@@ -276,15 +305,15 @@ def run_one(job: Job) -> dict[str, Any]:
         encoder = make_encoder({**job.config, "recipe": recipe}, model.tokenizer)
         rows = {**rows, "train": {task: compare_data.train_rows(job.config, task, encoder) for task in job.tasks}}
     callbacks = build(job.spec.get("callbacks", []), job.settings)
-    costs = Costs()
+    costs, compiled = Costs(), compiles(recipe)
     trainer = pl.Trainer(
         accelerator="auto",
         devices=1,
-        strategy=make_strategy(recipe),
+        strategy=CLSingleDeviceStrategy(compile_blocks=compiled),
         precision=recipe["precision"],
         max_epochs=job.max_epochs or recipe["epochs"],
         max_steps=job.max_steps or -1,
-        callbacks=[costs, *callbacks],
+        callbacks=[costs, *callbacks, Begin(costs, compiled)],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
