@@ -223,10 +223,14 @@ def command_run(arguments: argparse.Namespace, config: dict[str, Any]) -> int:
 
 
 def command_cost(arguments: argparse.Namespace, config: dict[str, Any]) -> int:
-    """Each method alone, for some steps of two tasks, with few rows to evaluate, and all without compiled blocks."""
+    """Each method alone, for some steps of two tasks, with few rows to evaluate, and all without compiled blocks.
+
+    One round after the other: a host that is faster or slower for a while is so for all methods alike.
+    """
     config = {**config, "recipe": {**config["recipe"], "test_rows": 8, "compile": False}, "probes": {}}
     jobs = [
-        replace(job, out=arguments.out / "cost", max_steps=arguments.steps, max_epochs=-1)
+        replace(job, out=arguments.out / "cost" / f"round_{number}", max_steps=arguments.steps, max_epochs=-1)
+        for number in range(arguments.rounds)
         for job in _jobs(arguments, config, tasks=2)
     ]
     return min(run_jobs(jobs, 1, apart=True), 1)  # a run's memory and compiled code must not count for the next
@@ -299,7 +303,8 @@ def main(argv: list[str] | None = None) -> int:
         command.add_argument("--shard", help="I/N: every N-th run from the I-th on, for several devices")
         command.add_argument("--budget", choices=["steps", "time"], default="steps")
         command.add_argument("--steps", type=int, default=15, help="steps of each task when costs are measured")
-        command.add_argument("--commit", help="the commit, where the folder is no git repository")
+        command.add_argument("--rounds", type=int, default=3, help="times that each cost is measured, in turns")
+        command.add_argument("--commit", help="the commit, where git does not know it")
     table = commands.add_parser("table")
     table.add_argument("out", type=Path)
     table.add_argument("--config", type=Path, default=STANDARD)

@@ -43,7 +43,7 @@ class Job:
         max_steps: most steps of each task; None: no limit but the epochs.
         max_epochs: epochs of each task; None: the recipe's.
         jobs: processes that share the device with this one; wall times are no costs then.
-        commit: the commit, where the folder is no git repository.
+        commit: the commit, where git does not know it.
     """
 
     config: dict[str, Any] = field(repr=False)
@@ -98,7 +98,8 @@ class Costs(pl.Callback):
 
     Attributes:
         by_stage: seconds by stage and phase: ``prepare_seconds`` (until :class:`Begin` ends it: rows made, references
-            taken), ``train_seconds``, ``finish_seconds`` (after its last step: a router fitted), ``evaluation_seconds``.
+            taken), ``train_seconds``, ``finish_seconds`` (after its last step: a router fitted), ``evaluation_seconds``;
+            ``steps`` and ``step_seconds``, the median.
         step_seconds: of each training step but a task's first three.
         tokens: tokens, padding included, that went through the network in training, reference passes included.
         peak_bytes: most memory of the device in use between a task's set-up and its last step.
@@ -109,6 +110,7 @@ class Costs(pl.Callback):
         self.step_seconds: list[float] = []
         self.steps = self.tokens = self.peak_bytes = 0
         self._last = self._began = 0.0
+        self._counted = 0
         self._phase: str | None = None
         self._counts = False
         self._stage = -1
@@ -149,8 +151,12 @@ class Costs(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self.steps += trainer.global_step
-        self.by_stage[self._stage]["steps"] = float(trainer.global_step)
         self._enter("finish")
+        own = self.step_seconds[self._counted :] or [
+            self.by_stage[self._stage]["train_seconds"] / max(trainer.global_step, 1)
+        ]
+        self._counted = len(self.step_seconds)
+        self.by_stage[self._stage] |= {"steps": trainer.global_step, "step_seconds": statistics.median(own)}
         self._counts = False
         if torch.cuda.is_initialized():
             self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated())
@@ -351,7 +357,7 @@ def run_one(job: Job) -> dict[str, Any]:
         },
     }
     made_by = provenance()
-    made_by = {**made_by, "commit": made_by["commit"] or job.commit}
+    made_by = {**made_by, "commit": job.commit or made_by["commit"]}
     routing = [callback.confusion.document() for callback in callbacks if isinstance(callback, RLSRouterFitter)]
     parts = {
         "comparison": document,

@@ -118,25 +118,42 @@ def figures(run: Run) -> dict[str, float | None]:
     return row
 
 
-def seconds_of_stream(run: Run, tasks: int, steps: int) -> float:
-    """What training on that many tasks and steps takes alone, from a run of the cost pass: all but the evaluation.
+def seconds_of_stream(rounds: Sequence[Run], tasks: int, steps: int) -> float:
+    """What training on that many tasks and steps takes alone, from the cost pass: all but the evaluation.
 
-    A replay of past tasks begins with the second one, so later tasks cost what the second did.
+    A replay of past tasks begins with the second one, so later tasks cost what the second did. What a task does once
+    (rows made, references taken, code compiled) counts once, whatever its steps.
+
+    Args:
+        rounds: one method's runs of the cost pass; the median counts.
+        tasks: number of tasks.
+        steps: of all tasks together.
     """
-    cost, stages = part(run)["cost"], run.document["costs"]
-    around = [stages[str(k)]["prepare_seconds"] + stages[str(k)]["finish_seconds"] for k in (0, 1) if str(k) in stages]
-    if len(around) == 1:  # all tasks at once
-        return around[0] + steps * cost["step_seconds"]
-    later = stages["1"]["train_seconds"] / stages["1"]["steps"]
-    first = steps / tasks * cost["step_seconds"]
-    return around[0] + first + (tasks - 1) * (around[1] + steps / tasks * later)
+    return statistics.median(_seconds_of_stream(run, tasks, steps) for run in rounds)
 
 
-def costs_of(folder: Path) -> dict[str, Run]:
-    """The runs of the cost pass by method; none if there was none."""
-    if not (folder / "cost").is_dir():
-        return {}
-    return {part(run)["method"]: run for run in read(folder / "cost")[0]}
+def _seconds_of_stream(run: Run, tasks: int, steps: int) -> float:
+    stages = run.document["costs"]
+    first, *later = (stages[str(k)] for k in (0, 1) if str(k) in stages)
+    each = steps / tasks if later else steps  # else all tasks at once
+    total = first["prepare_seconds"] + each * first["step_seconds"] + first["finish_seconds"]
+    for second in later:
+        once = max(0.0, second["train_seconds"] - second["steps"] * second["step_seconds"])
+        around = second["prepare_seconds"] + once + second["finish_seconds"]
+        total += (tasks - 1) * (around + each * second["step_seconds"])
+    return total
+
+
+Costs = dict[str, list[Run]]
+
+
+def costs_of(folder: Path) -> Costs:
+    """The runs of the cost pass by method, one for each round; none if there was none."""
+    found: Costs = {}
+    if (folder / "cost").is_dir():
+        for run in read(folder / "cost")[0]:
+            found.setdefault(part(run)["method"], []).append(run)
+    return found
 
 
 def steps_of_equal_time(
@@ -207,7 +224,7 @@ def _told(run: Run) -> str:
     return ", ".join([*(f"{name} {value}" for name, value in told.items()), *([budget] if budget != "epochs" else [])])
 
 
-def table(lines: list[Line], costs: dict[str, Run]) -> str:
+def table(lines: list[Line], costs: Costs) -> str:
     """One Markdown table: figures over the seeds, and the costs relative to sequential training."""
     names = [*COLUMNS.values(), "wall time", "extra tokens", "peak memory", "disk", "seeds"]
     rows = [f"| method | {' | '.join(names)} |", "| --- " * (len(names) + 1) + "|"]
@@ -224,7 +241,7 @@ def table(lines: list[Line], costs: dict[str, Run]) -> str:
     return "\n".join(rows)
 
 
-def cost_cells(line: Line, base: Line | None, costs: dict[str, Run]) -> list[str]:
+def cost_cells(line: Line, base: Line | None, costs: Costs) -> list[str]:
     """Wall time and memory (from the cost pass) and tokens against sequential training, and bytes kept."""
     own = part(line.runs[0])["cost"]
     wall = relative_time(line, costs, base)
@@ -238,17 +255,17 @@ def cost_cells(line: Line, base: Line | None, costs: dict[str, Run]) -> list[str
     return cells
 
 
-def _peak_memory(line: Line | None, costs: dict[str, Run]) -> int | None:
+def _peak_memory(line: Line | None, costs: Costs) -> int | None:
     """Bytes, from the cost pass; or from the runs themselves, where all methods ran alike: without compiled blocks."""
     if line is None:
         return None
     first = part(line.runs[0])
     if first["method"] in costs:
-        return part(costs[first["method"]])["cost"]["peak_memory_bytes"]
+        return part(costs[first["method"]][0])["cost"]["peak_memory_bytes"]
     return None if costs or first["recipe"].get("compile") else first["cost"]["peak_memory_bytes"]
 
 
-def relative_time(line: Line, costs: dict[str, Run], base: Line | None = None) -> float | None:
+def relative_time(line: Line, costs: Costs, base: Line | None = None) -> float | None:
     """The time of the whole stream without evaluation, against sequential training's; None where it is not known.
 
     Sequential training makes the steps of ``base``, if given, else as many as this method.
@@ -302,9 +319,10 @@ def document(folder: Path, config: dict[str, Any], plots: Path | None) -> str:
                 if part(run)["order"] == order
                 and ("equal-time" in run.folder.parts) == (equal_time and part(run)["method"] != "sequential")
             ]
-            same = {name: run for name, run in costs.items() if hardware_of(run) == hardware_of(chosen[0])}
+            here = hardware_of(chosen[0])
+            same = {name: rounds for name, rounds in costs.items() if {hardware_of(run) for run in rounds} == {here}}
             lines = lines_of(chosen, config["methods"])
-            commits = ", ".join(sorted({str(run.made_by.get("commit") or "unknown")[:7] for run in chosen}))
+            commits = ", ".join(sorted({commit_of(run) for run in chosen}))
             title = f"### {order}: {', '.join(part(chosen[0])['tasks'])}" + (" (equal time)" if equal_time else "")
             parts += [title, f"{where}; commit {commits}.", table(lines, same)]
             if plots is not None and not equal_time:
@@ -321,6 +339,12 @@ def document(folder: Path, config: dict[str, Any], plots: Path | None) -> str:
     return "\n\n".join(parts)
 
 
+def commit_of(run: Run) -> str:
+    """The commit of a run in short, and whether the files were other than the commit's."""
+    commit, _, changed = str(run.made_by.get("commit") or "unknown").partition("-")
+    return f"{commit[:7]}-{changed}" if changed else commit[:7]
+
+
 def hardware_of(run: Run) -> str:
     """The hardware of a run."""
     return str(run.made_by.get("hardware"))
@@ -330,7 +354,7 @@ def _reported_orders(config: dict[str, Any]) -> list[str]:
     return [order for order in config["orders"] if order != config.get("tune", {}).get("order")]
 
 
-def pareto(lines: list[Line], costs: dict[str, Run], path: Path, order: str) -> bool:
+def pareto(lines: list[Line], costs: Costs, path: Path, order: str) -> bool:
     """Forgetting against cost and learning against forgetting; False where no method has these figures."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

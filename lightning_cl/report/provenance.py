@@ -58,8 +58,10 @@ def _program(path: str) -> str:
 
 
 def _commit() -> str | None:
+    # With `-dirty` where tracked files have changed since: then the commit alone would not give the result again.
+    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
     try:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
+        found = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return found.stdout.strip() if found.returncode == 0 else None

@@ -110,7 +110,7 @@ def test_runs_tables_and_reports(
     assert "4 of 4 runs are there already" in capsys.readouterr().out
     assert [file.stat().st_mtime_ns for file in files] == times
 
-    assert compare.main(["cost", *arguments, "--steps", "6"]) == 0
+    assert compare.main(["cost", *arguments, "--steps", "6", "--rounds", "2"]) == 0
     capsys.readouterr()
     assert compare.main(["table", str(out), "--config", str(config)]) == 0
     text = capsys.readouterr().out
@@ -142,25 +142,33 @@ def test_runs_tables_and_reports(
     assert not (out / "equal-time" / "two" / "sequential").exists()
 
 
-def write_cost(folder: Path, method: str, step: float, fixed: float, stages: int = 2) -> None:
-    """A result of the cost pass: so many seconds a step, and in each task before and after them."""
-    one = {"prepare_seconds": fixed, "finish_seconds": 0.0, "train_seconds": 10 * step, "steps": 10.0}
-    document = {
-        "comparison": {"method": method, "cost": {"step_seconds": step, "steps": 10 * stages}},
-        "costs": {str(stage): one for stage in range(stages)},
-    }
-    results.write(folder / "cost" / "two" / method / "seed_0", matrix(), document)
+def write_cost(folder: Path, method: str, step: float, fixed: float, stages: int = 2, once: float = 0.0) -> None:
+    """Three rounds of the cost pass: so many seconds a step, and in each task before and once within them.
+
+    The third round was on a host that was busy.
+    """
+    for number, slower in enumerate((1.0, 1.0, 7.0)):
+        one = {
+            "prepare_seconds": slower * fixed,
+            "finish_seconds": 0.0,
+            "train_seconds": slower * (10 * step + once),
+            "steps": 10,
+            "step_seconds": slower * step,
+        }
+        document = {"comparison": {"method": method}, "costs": {str(stage): one for stage in range(stages)}}
+        results.write(folder / "cost" / f"round_{number}" / "two" / method / "seed_0", matrix(), document)
 
 
 def test_steps_of_equal_time(compare: Any, tmp_path: Path) -> None:
     write_cost(tmp_path, "sequential", 0.125, 0.0)
     write_cost(tmp_path, "dear", 0.25, 0.0)
     write_cost(tmp_path, "slow-start", 0.125, 1.25)
+    write_cost(tmp_path, "compiles", 0.125, 0.0, once=1.25)
     write_cost(tmp_path, "cheap", 0.0625, 0.0)
     write_cost(tmp_path, "hopeless", 0.125, 100.0)
     write_cost(tmp_path, "at-once", 0.125, 1.25, stages=1)
     config: dict[str, Any] = {
-        "methods": {name: {} for name in ("sequential", "dear", "slow-start", "cheap", "hopeless")}
+        "methods": {name: {} for name in ("sequential", "dear", "slow-start", "compiles", "cheap", "hopeless")}
     }
     config["methods"]["at-once"] = {"joint": True}
 
@@ -168,9 +176,10 @@ def test_steps_of_equal_time(compare: Any, tmp_path: Path) -> None:
         return compare.compare_table.steps_of_equal_time(tmp_path, config, config["methods"], own)
 
     whole = {"sequential": 40, "cheap": 40, "hopeless": 1}  # never more than a task's own, and at least one
-    assert steps([40] * 5) == {**whole, "dear": 20, "slow-start": 30, "at-once": 190}
+    # What a task does once is not for each step; of the first task's own, a process's start is not told apart.
+    assert steps([40] * 5) == {**whole, "dear": 20, "slow-start": 30, "compiles": 32, "at-once": 190}
     # A short task gives its time to the others: 96 steps in all, 48 of the dear one's.
-    assert steps([40, 40, 16]) == {**whole, "dear": 16, "slow-start": 25, "at-once": 86}
+    assert steps([40, 40, 16]) == {**whole, "dear": 16, "slow-start": 25, "compiles": 30, "at-once": 86}
 
 
 def test_tuning_says_what_it_chose(
@@ -261,6 +270,11 @@ def test_other_machines_and_versions_are_never_averaged(compare: Any, config: Pa
     assert [row[-1] for row in rows_of(text)] == ["1", "1", "1"]
     assert "1 x B; torch 2; recipe" in text
     assert "commit c0ffee1." in text
+
+
+def test_a_result_of_changed_files_says_so(compare: Any, config: Path, tmp_path: Path) -> None:
+    fabricated(tmp_path / "r", compare, 0, 0.0, commit="c0ffee11-dirty")
+    assert "commit c0ffee1-dirty." in compare.compare_table.document(tmp_path / "r", compare.read_config(config), None)
 
 
 def test_other_settings_of_a_method_have_a_line_of_their_own(compare: Any, config: Path, tmp_path: Path) -> None:
