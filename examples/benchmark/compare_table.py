@@ -310,14 +310,17 @@ def document(folder: Path, config: dict[str, Any], plots: Path | None) -> str:
         parts.append("These results are of several versions or machines: each has tables of its own, none is averaged.")
     for where in origins:
         group = [run for run in runs if origin(run) == where]
-        orders = list(dict.fromkeys((part(run)["order"], "equal-time" in run.folder.parts) for run in group))
+        orders = list(dict.fromkeys((part(run)["order"], _is_equal_time(run)) for run in group))
         for order, equal_time in orders:
+            own = {part(run)["method"] for run in group if (part(run)["order"], _is_equal_time(run)) == (order, False)}
+            if not equal_time and own == {"sequential"} and (order, True) in orders:
+                continue  # it stands in the table of equal time
             # Sequential training's time is what the others were given, so its own runs stand beside them.
             chosen = [
                 run
                 for run in group
                 if part(run)["order"] == order
-                and ("equal-time" in run.folder.parts) == (equal_time and part(run)["method"] != "sequential")
+                and _is_equal_time(run) == (equal_time and part(run)["method"] != "sequential")
             ]
             here = hardware_of(chosen[0])
             same = {name: rounds for name, rounds in costs.items() if {hardware_of(run) for run in rounds} == {here}}
@@ -331,12 +334,16 @@ def document(folder: Path, config: dict[str, Any], plots: Path | None) -> str:
                     parts.append(
                         f"![Learning against forgetting, and forgetting against cost where that is known]({name})"
                     )
-    gaps = missing([run for run in runs if "equal-time" not in run.folder.parts], config, _reported_orders(config))
+    gaps = missing([run for run in runs if not _is_equal_time(run)], config, _reported_orders(config))
     if gaps:
         parts.append("Not run: " + "; ".join(gaps) + ".")
     if problems:
         parts.append("Left out:\n\n" + "\n".join(f"- {problem}" for problem in problems))
     return "\n\n".join(parts)
+
+
+def _is_equal_time(run: Run) -> bool:
+    return "equal-time" in run.folder.parts
 
 
 def commit_of(run: Run) -> str:

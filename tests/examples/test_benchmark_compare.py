@@ -7,6 +7,7 @@ import fcntl
 import importlib
 import json
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -397,3 +398,28 @@ def test_questions_become_choices(compare: Any) -> None:
     assert row == {"prompt": "Question: Which?\nAnswer:", "answer": "two", "options": ["one", "two", "three", "four"]}
     with pytest.raises(SystemExit, match="A question of another form"):
         compare.compare_data.mmlu_rows([json.dumps({"question": "Why?", "answer": "A"}).encode()])
+
+
+def test_sequential_training_beside_equal_time_has_no_table_of_its_own(
+    compare: Any, config: Path, tmp_path: Path
+) -> None:
+    for folder, method in (("r/seq", "sequential"), ("r/equal-time", "memory")):
+        fabricated(tmp_path / folder, compare, 0, 0.0)
+        file = tmp_path / folder / "run_0" / "task_matrix.json"
+        file.write_text(file.read_text().replace('"method": "memory"', f'"method": "{method}"'))
+    text = compare.compare_table.document(tmp_path / "r", compare.read_config(config), None)
+    assert text.count("###") == 1
+    assert [line.split(" | ")[0] for line in text.splitlines() if line.startswith("| ")][2:] == [
+        "| sequential",
+        "| memory",
+    ]
+
+
+def test_the_committed_runs_give_the_tables_of_the_report(compare: Any, tmp_path: Path) -> None:
+    folder = Path(compare.__file__).parent
+    with tarfile.open(folder / "results_h200.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    page = tmp_path / "RESULTS.md"
+    page.write_text((folder / "RESULTS.md").read_text(encoding="utf8"), encoding="utf8")
+    assert compare.main(["table", str(tmp_path / "compare"), "--results", str(page)]) == 0
+    assert page.read_text(encoding="utf8") == (folder / "RESULTS.md").read_text(encoding="utf8")
