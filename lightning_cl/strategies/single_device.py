@@ -40,8 +40,9 @@ class CLSingleDeviceStrategy(SingleDeviceStrategy):
         activation_checkpointing: recompute each block's activations in the backward pass: less memory, a third more
             arithmetic (a quarter with ``compile_blocks``).
         compile_blocks: ``torch.compile`` each block, which are equal and so compiled once. LoRA on the shape of
-            Llama-3-8B trained 1.36 times as fast on an H100, after some 20 s. Generation stays eager; each new kind of
-            shape takes another compilation, up to a general one.
+            Llama-3-8B trained 1.36 times as fast on an H100, after some 20 s. Generation stays eager, and so does a block
+            whose inner layers a callback reads (a router's, in evaluation alone); each new kind of shape takes another
+            compilation, up to a general one.
         save_base: keep the frozen base in checkpoints as well.
         check_base: refuse a checkpoint that was trained on another base.
 
