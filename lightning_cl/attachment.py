@@ -499,7 +499,6 @@ def _is_compiled(module: nn.Module, but: Callable[[nn.Module], bool] = lambda pa
     return any(
         getattr(part, "_compiled_call_impl", None) is not None
         or hasattr(part, "_orig_mod")
-        or hasattr(part.forward, "_torchdynamo_orig_callable")
+        or (hasattr(part.forward, "_torchdynamo_orig_callable") and not but(part))
         for part in module.modules()
-        if not but(part)
     )

@@ -10,6 +10,8 @@ import json
 import statistics
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -288,17 +290,25 @@ def make_model(recipe: dict[str, Any], model: str) -> CausalLMModule:
     return module
 
 
-def compiles(recipe: dict[str, Any]) -> bool:
-    """Whether the blocks are compiled: on a GPU, if asked for; once for all lengths and batch sizes."""
+@contextmanager
+def compiling(recipe: dict[str, Any]) -> Iterator[bool]:
+    """Whether blocks are compiled (on a GPU, if asked for), once for all lengths and batch sizes.
+
+    While it lasts, compiled code runs where :class:`Begin` lets it.
+    """
     compiled = bool(recipe.get("compile")) and torch.cuda.is_available()
-    if compiled:
-        torch._dynamo.config.assume_static_by_default = False
-        torch.compiler.set_stance("force_eager")
-    return compiled
+    stance = torch.compiler.set_stance("force_eager" if compiled else "default")
+    with stance, torch._dynamo.config.patch(assume_static_by_default=not compiled):
+        yield compiled
 
 
 def run_one(job: Job) -> dict[str, Any]:
     """Train and evaluate one method on one order with one seed, and write its result."""
+    with compiling(job.recipe) as compiled:
+        return _run_one(job, compiled)
+
+
+def _run_one(job: Job, compiled: bool) -> dict[str, Any]:
     warnings.filterwarnings("ignore", message=".*(num_workers|many workers|log_every_n_steps|is missing|empty).*")
     pl.seed_everything(job.seed, verbose=False)
     began = time.perf_counter()
@@ -311,7 +321,7 @@ def run_one(job: Job) -> dict[str, Any]:
         encoder = make_encoder({**job.config, "recipe": recipe}, model.tokenizer)
         rows = {**rows, "train": {task: compare_data.train_rows(job.config, task, encoder) for task in job.tasks}}
     callbacks = build(job.spec.get("callbacks", []), job.settings)
-    costs, compiled = Costs(), compiles(recipe)
+    costs = Costs()
     trainer = pl.Trainer(
         accelerator="auto",
         devices=1,

@@ -122,7 +122,8 @@ def seconds_of_stream(rounds: Sequence[Run], tasks: int, steps: int) -> float:
     """What training on that many tasks and steps takes alone, from the cost pass: all but the evaluation.
 
     A replay of past tasks begins with the second one, so later tasks cost what the second did. What a task does once
-    (rows made, references taken, code compiled) counts once, whatever its steps.
+    (rows made, references taken, code compiled) counts once, whatever its steps; of the first task only what lies before
+    and after its steps, since a process's own start lies in them.
 
     Args:
         rounds: one method's runs of the cost pass; the median counts.
@@ -148,11 +149,15 @@ Costs = dict[str, list[Run]]
 
 
 def costs_of(folder: Path) -> Costs:
-    """The runs of the cost pass by method, one for each round; none if there was none."""
+    """The runs of the cost pass by method, one for each round; none if there was none.
+
+    Those of earlier versions, without a step's time for each task, do not count.
+    """
     found: Costs = {}
     if (folder / "cost").is_dir():
         for run in read(folder / "cost")[0]:
-            found.setdefault(part(run)["method"], []).append(run)
+            if all("step_seconds" in stage for stage in run.document["costs"].values() if "steps" in stage):
+                found.setdefault(part(run)["method"], []).append(run)
     return found
 
 
@@ -304,6 +309,10 @@ def document(folder: Path, config: dict[str, Any], plots: Path | None) -> str:
     runs, problems = read(folder)
     runs = [run for run in runs if "cost" not in run.folder.relative_to(folder).parts]
     costs = costs_of(folder)
+    # Orders in which sequential training alone was run, for the table of equal time.
+    untimed = [run for run in runs if not _is_equal_time(run)]
+    several = {part(run)["order"] for run in untimed if part(run)["method"] != "sequential"}
+    only_compared = {part(run)["order"] for run in runs if _is_equal_time(run)} - several
     parts = []
     origins = list(dict.fromkeys(origin(run) for run in runs))
     if len({where.split("; recipe")[0] for where in origins}) > 1:
@@ -312,9 +321,8 @@ def document(folder: Path, config: dict[str, Any], plots: Path | None) -> str:
         group = [run for run in runs if origin(run) == where]
         orders = list(dict.fromkeys((part(run)["order"], _is_equal_time(run)) for run in group))
         for order, equal_time in orders:
-            own = {part(run)["method"] for run in group if (part(run)["order"], _is_equal_time(run)) == (order, False)}
-            if not equal_time and own == {"sequential"} and (order, True) in orders:
-                continue  # it stands in the table of equal time
+            if not equal_time and order in only_compared:
+                continue
             # Sequential training's time is what the others were given, so its own runs stand beside them.
             chosen = [
                 run
@@ -334,7 +342,7 @@ def document(folder: Path, config: dict[str, Any], plots: Path | None) -> str:
                     parts.append(
                         f"![Learning against forgetting, and forgetting against cost where that is known]({name})"
                     )
-    gaps = missing([run for run in runs if not _is_equal_time(run)], config, _reported_orders(config))
+    gaps = missing(untimed, config, [order for order in _reported_orders(config) if order not in only_compared])
     if gaps:
         parts.append("Not run: " + "; ".join(gaps) + ".")
     if problems:

@@ -58,10 +58,14 @@ def _program(path: str) -> str:
 
 
 def _commit() -> str | None:
-    # With `-dirty` where tracked files have changed since: then the commit alone would not give the result again.
-    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return found.stdout.strip() if found.returncode == 0 else None
+    # With `-dirty` where tracked files have changed since: then the commit alone would not give the result again. On a
+    # work tree that takes too long to read, the commit alone.
+    for command in ("describe --always --abbrev=40 --exclude=* --dirty", "rev-parse HEAD"):
+        try:
+            found = subprocess.run(["git", *command.split()], capture_output=True, text=True, timeout=5, check=False)
+        except OSError:
+            return None
+        except subprocess.TimeoutExpired:
+            continue
+        return found.stdout.strip() if found.returncode == 0 else None
+    return None

@@ -124,15 +124,16 @@ def run_uncompiled(module: nn.Module, parts: Iterable[nn.Module], training: bool
         A function that takes it back.
     """
     wanted = {id(part) for part in parts}
-    names = [name for name, part in module.named_modules() if id(part) in wanted]
+    # A layer that two blocks share has two names.
+    names = [name for name, part in module.named_modules(remove_duplicate=False) if id(part) in wanted]
     around = {name[:i] for name in names for i, character in enumerate(name) if character == "."}
     marks = [module.get_submodule(name).__dict__.setdefault(_UNCOMPILED, []) for name in sorted(around)]
     for mark in marks:
         mark.append(training)
 
     def undo() -> None:
-        for mark in marks:
-            mark.remove(training)
+        while marks:
+            marks.pop().remove(training)
 
     return undo
 

@@ -8,10 +8,15 @@ import importlib
 import json
 import sys
 import tarfile
+import time
+from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
+import torch
 import yaml
 
 from lightning_cl.commands.report import main as report
@@ -112,6 +117,7 @@ def test_runs_tables_and_reports(
     assert [file.stat().st_mtime_ns for file in files] == times
 
     assert compare.main(["cost", *arguments, "--steps", "6", "--rounds", "2"]) == 0
+    assert sorted(folder.name for folder in (out / "cost").iterdir()) == ["round_0", "round_1"]
     capsys.readouterr()
     assert compare.main(["table", str(out), "--config", str(config)]) == 0
     text = capsys.readouterr().out
@@ -146,9 +152,9 @@ def test_runs_tables_and_reports(
 def write_cost(folder: Path, method: str, step: float, fixed: float, stages: int = 2, once: float = 0.0) -> None:
     """Three rounds of the cost pass: so many seconds a step, and in each task before and once within them.
 
-    The third round was on a host that was busy.
+    The first round was on a host that was idle, the third on one that was busy.
     """
-    for number, slower in enumerate((1.0, 1.0, 7.0)):
+    for number, slower in enumerate((0.5, 1.0, 7.0)):
         one = {
             "prepare_seconds": slower * fixed,
             "finish_seconds": 0.0,
@@ -177,10 +183,65 @@ def test_steps_of_equal_time(compare: Any, tmp_path: Path) -> None:
         return compare.compare_table.steps_of_equal_time(tmp_path, config, config["methods"], own)
 
     whole = {"sequential": 40, "cheap": 40, "hopeless": 1}  # never more than a task's own, and at least one
+    # A pass of an earlier version, which did not tell a task's steps apart, does not count.
+    old = {"comparison": {"method": "cheap"}, "costs": {"0": {"train_seconds": 9.0, "steps": 1}}}
+    results.write(tmp_path / "cost" / "two" / "cheap" / "seed_0", matrix(), old)
     # What a task does once is not for each step; of the first task's own, a process's start is not told apart.
     assert steps([40] * 5) == {**whole, "dear": 20, "slow-start": 30, "compiles": 32, "at-once": 190}
     # A short task gives its time to the others: 96 steps in all, 48 of the dear one's.
     assert steps([40, 40, 16]) == {**whole, "dear": 16, "slow-start": 25, "compiles": 30, "at-once": 86}
+
+
+class Slow(pl.Callback):
+    """Works for a while before a task's first step."""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0 and trainer.current_epoch == 0:
+            time.sleep(0.5)
+
+
+def test_what_is_done_before_the_first_step_is_preparation(
+    compare: Any, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["compare_run"], "build", lambda *args: [Slow()])
+    assert compare.main(one_run(config, tmp_path / "o")) == 0
+    costs = json.loads((tmp_path / "o" / "two" / "sequential" / "seed_0" / "task_matrix.json").read_text())["costs"]
+    for stage in ("0", "1"):
+        assert costs[stage]["prepare_seconds"] > 0.5
+        assert costs[stage]["train_seconds"] < 0.5
+        assert 0 < costs[stage]["step_seconds"] * costs[stage]["steps"] < 0.5
+
+
+def test_compiled_code_is_for_training_steps(compare: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = sys.modules["compare_run"]
+    compiled: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    double = torch.compile(lambda x: 2 * x, backend=backend)
+    costs, trainer = run.Costs(), SimpleNamespace(global_step=0)
+    with ExitStack() as stack:
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "is_available", lambda: True)
+            assert stack.enter_context(run.compiling({"compile": True}))
+        assert not torch._dynamo.config.assume_static_by_default
+        begin = run.Begin(costs, True)
+        double(torch.ones(2))
+        assert not compiled  # before a task, and in a reference pass of its first step
+        costs._enter("prepare")
+        begin.on_train_batch_start(trainer, None, None, 0)
+        double(torch.ones(2))
+        assert len(compiled) == 1
+        begin.on_train_end(trainer, None)
+        double(torch.ones(2, 2))
+        assert len(compiled) == 1
+    assert torch._dynamo.config.assume_static_by_default
+    double(torch.ones(2, 2))
+    assert len(compiled) == 2  # the next run of the process has its own choice
+    torch.compiler.reset()
 
 
 def test_tuning_says_what_it_chose(
@@ -409,6 +470,7 @@ def test_sequential_training_beside_equal_time_has_no_table_of_its_own(
         file.write_text(file.read_text().replace('"method": "memory"', f'"method": "{method}"'))
     text = compare.compare_table.document(tmp_path / "r", compare.read_config(config), None)
     assert text.count("###") == 1
+    assert "three: " not in text.split("Not run:")[-1]
     assert [line.split(" | ")[0] for line in text.splitlines() if line.startswith("| ")][2:] == [
         "| sequential",
         "| memory",

@@ -35,3 +35,13 @@ def test_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert _commit() == git("rev-parse", "HEAD")
     (tmp_path / "code.py").write_text("2\n")
     assert _commit() == git("rev-parse", "HEAD") + "-dirty"
+    # A work tree that takes too long to read: the commit alone.
+    run = subprocess.run
+
+    def slow(command: list[str], **kwargs: Any) -> Any:
+        if "--dirty" in command:
+            raise subprocess.TimeoutExpired(command, 5)
+        return run(command, **kwargs)
+
+    monkeypatch.setattr(subprocess, "run", slow)
+    assert _commit() == git("rev-parse", "HEAD")

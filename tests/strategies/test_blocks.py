@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_cl.strategies.blocks import caches_ignored, find_shard_blocks, is_prepared, prepare_blocks
+from lightning_cl.strategies.blocks import (
+    caches_ignored,
+    find_shard_blocks,
+    is_prepared,
+    prepare_blocks,
+    run_uncompiled,
+)
 from tests.helpers import models
 
 IDS = torch.arange(4, 20)[None].repeat(3, 1)
@@ -95,3 +101,30 @@ def test_asked_again_and_asked_otherwise() -> None:
     prepare_blocks(module, blocks)
     assert not is_prepared(block)
     assert block.forward == plain
+
+
+def test_blocks_run_uncompiled_until_the_last_who_asked_takes_it_back(traces: Any) -> None:
+    module = torch.nn.ModuleList(torch.nn.Sequential(torch.nn.Linear(4, 4)) for _ in range(3))
+    module[1][0] = module[0][0]  # shared: both blocks have it
+    prepare_blocks(module, ["0", "1", "2"], compile=True)
+    seen: list[str] = []
+    module[0][0].register_forward_hook(lambda *args: seen.append("hook"))
+
+    def hooks_seen(index: int) -> int:
+        seen.clear()
+        module[index](torch.ones(2, 4))
+        return len(seen)
+
+    module[2](torch.ones(2, 4))  # the code that all share, made where there is no hook
+    assert traces.frame_count == 1
+    asked = [run_uncompiled(module, [module[0][0]]), run_uncompiled(module, [module[0][0]], training=False)]
+    assert [hooks_seen(0), hooks_seen(1)] == [1, 1]
+    asked[0]()
+    asked[0]()
+    assert [hooks_seen(0), hooks_seen(1)] == [0, 0]  # in training the second does without
+    module.eval()
+    assert [hooks_seen(0), hooks_seen(1)] == [1, 1]
+    asked[1]()
+    module.train()
+    assert hooks_seen(0) == 0
+    assert traces.frame_count == 1
