@@ -89,7 +89,8 @@ def chart(
     lines = [_finite(line) for line in lines]
     values = [y for line in lines for _, y in line.points]
     values += [end for line in lines for band in line.bands.values() for end in band]
-    xs = [x for line in lines for x, _ in line.points] or [0.0]
+    # All ticks lie inside, also those of stages at which nothing was measured.
+    xs = [*(x for line in lines for x, _ in line.points), *(ticks or ())] or [0.0]
     marks = _round_ticks(min(values, default=0.0), max(values, default=1.0))
     low, high = marks[0], marks[-1]
     legend_width = 44 + 7 * max((min(len(line.name), 24) for line in lines), default=0) if legend else 10

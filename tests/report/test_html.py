@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -167,6 +168,20 @@ def test_names_of_stages_are_tilted_where_the_legend_leaves_too_little_room() ->
     wide, narrow = (svg.chart(lines, ticks, "points", width=430, legend=legend) for legend in (False, True))
     assert "rotate" not in wide
     assert "rotate" in narrow
+
+
+@pytest.mark.parametrize("points", [[(2, 1.0)], [(1, 1.0), (2, 2.0)], []])
+def test_stages_without_a_score_have_their_place_too(points: list[tuple[float, float]]) -> None:
+    """A task that was first scored at the last stage: labels neither on one spot nor outside of the picture."""
+    ticks = dict(enumerate(["before", "red", "green"], start=-1)) | {2: "blue"}
+    drawn = svg.chart([svg.Line("run", points)], ticks, "points", width=430, legend=False)
+    places = [float(x) for x in re.findall(r'<text x="([\d.-]+)"[^>]*>(?:before|red|green|blue)<', drawn)]
+    assert len(places) == 4
+    assert places[0] > 58
+    assert places[-1] < 430
+    gaps = [b - a for a, b in itertools.pairwise(places)]
+    assert min(gaps) == pytest.approx(max(gaps), abs=0.2)
+    assert min(gaps) > 50
 
 
 def test_time_spent_fitting_is_shown_where_there_is_some(tmp_path: Path) -> None:
