@@ -227,6 +227,8 @@ def command_cost(arguments: argparse.Namespace, config: dict[str, Any]) -> int:
 
     One round after the other: a host that is faster or slower for a while is so for all methods alike.
     """
+    if arguments.rounds < 1:
+        raise SystemExit(f"--rounds {arguments.rounds}: costs are measured at least once. Give 1 or more.")
     config = {**config, "recipe": {**config["recipe"], "test_rows": 8, "compile": False}, "probes": {}}
     jobs = [
         replace(job, out=arguments.out / "cost" / f"round_{number}", max_steps=arguments.steps, max_epochs=-1)

@@ -112,9 +112,9 @@ class Costs(pl.Callback):
         self.step_seconds: list[float] = []
         self.steps = self.tokens = self.peak_bytes = 0
         self._last = self._began = 0.0
-        self._counted = 0
+        self._earlier_steps = 0
         self._phase: str | None = None
-        self._counts = False
+        self._counting = False
         self._stage = -1
         self._hook: Any = None
 
@@ -135,7 +135,7 @@ class Costs(pl.Callback):
         self._hook = pl_module.model.get_input_embeddings().register_forward_pre_hook(self._count)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        self._counts = True
+        self._counting = True
 
     def begin(self, step: int) -> bool:
         """The preparation is over, if it was not yet."""
@@ -154,12 +154,12 @@ class Costs(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self.steps += trainer.global_step
         self._enter("finish")
-        own = self.step_seconds[self._counted :] or [
+        own = self.step_seconds[self._earlier_steps :] or [
             self.by_stage[self._stage]["train_seconds"] / max(trainer.global_step, 1)
         ]
-        self._counted = len(self.step_seconds)
+        self._earlier_steps = len(self.step_seconds)
         self.by_stage[self._stage] |= {"steps": trainer.global_step, "step_seconds": statistics.median(own)}
-        self._counts = False
+        self._counting = False
         if torch.cuda.is_initialized():
             self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated())
 
@@ -171,7 +171,7 @@ class Costs(pl.Callback):
         self._enter(None)
 
     def _count(self, module: Any, args: tuple[Any, ...]) -> None:
-        if self._counts:
+        if self._counting:
             self.tokens += args[0].numel()
 
     def _enter(self, phase: str | None) -> None:

@@ -396,6 +396,7 @@ def test_a_run_that_fails_stops_no_other(
         (["run", "--methods", "magic"], r"--methods \['magic'\]: unknown. There are sequential"),
         (["run", "--orders", "three"], r"--orders \['three'\]: unknown. There are two, tune"),
         (["run", "--data", "nowhere"], r"no colour.train.jsonl\[.gz\] in 'nowhere'. Give the folder"),
+        (["cost", "--rounds", "0"], r"--rounds 0: costs are measured at least once. Give 1 or more"),
         (["run", "--budget", "time"], r"`--budget time` needs the costs of .*'sequential'.* Run `compare.py cost"),
     ],
 )
