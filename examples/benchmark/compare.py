@@ -223,19 +223,19 @@ def command_run(arguments: argparse.Namespace, config: dict[str, Any]) -> int:
 
 
 def command_cost(arguments: argparse.Namespace, config: dict[str, Any]) -> int:
-    """Each method alone, for some steps of two tasks, with few rows to evaluate, and all without compiled blocks.
+    """Each method alone, for some steps of two tasks, with few rows to evaluate, and all without graphs.
 
     One round after the other: a host that is faster or slower for a while is so for all methods alike.
     """
     if arguments.rounds < 1:
         raise SystemExit(f"--rounds {arguments.rounds}: costs are measured at least once. Give 1 or more.")
-    config = {**config, "recipe": {**config["recipe"], "test_rows": 8, "compile": False}, "probes": {}}
+    config = {**config, "recipe": {**config["recipe"], "test_rows": 8, "graphs": False}, "probes": {}}
     jobs = [
         replace(job, out=arguments.out / "cost" / f"round_{number}", max_steps=arguments.steps, max_epochs=-1)
         for number in range(arguments.rounds)
         for job in _jobs(arguments, config, tasks=2)
     ]
-    return min(run_jobs(jobs, 1, apart=True), 1)  # a run's memory and compiled code must not count for the next
+    return min(run_jobs(jobs, 1, apart=True), 1)  # a run's memory must not count for the next
 
 
 def command_tune(arguments: argparse.Namespace, config: dict[str, Any]) -> int:

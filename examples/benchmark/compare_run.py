@@ -10,8 +10,6 @@ import json
 import statistics
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ import compare_data
 import lightning.pytorch as pl
 import torch
 import yaml
+from compare_graphs import GraphedBlocks
 
 from lightning_cl import CausalLMModule, Task, TaskStream, fit_stream
 from lightning_cl.callbacks import RLSRouterFitter
@@ -137,13 +136,11 @@ class Costs(pl.Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._counting = True
 
-    def begin(self, step: int) -> bool:
+    def begin(self, step: int) -> None:
         """The preparation is over, if it was not yet."""
-        if self._phase != "prepare":
-            return False
-        self._enter("train")
-        self._began = step
-        return True
+        if self._phase == "prepare":
+            self._enter("train")
+            self._began = step
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         now = time.perf_counter()
@@ -185,23 +182,13 @@ class Costs(pl.Callback):
 
 
 class Begin(pl.Callback):
-    """The last of the callbacks, so that what the others do before a task's first step is over when it runs.
+    """The last of the callbacks, so that what the others do before a task's first step is over when it runs."""
 
-    Compiled code is for the training steps alone: evaluations and reference passes would each compile a variant, and
-    for longer than they run.
-    """
-
-    def __init__(self, costs: Costs, compiled: bool) -> None:
+    def __init__(self, costs: Costs) -> None:
         self.costs = costs
-        self.compiled = compiled
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if self.costs.begin(trainer.global_step) and self.compiled:
-            torch.compiler.set_stance("default")
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        if self.compiled:
-            torch.compiler.set_stance("force_eager")
+        self.costs.begin(trainer.global_step)
 
 
 class BoundedStream(TaskStream):
@@ -290,25 +277,8 @@ def make_model(recipe: dict[str, Any], model: str) -> CausalLMModule:
     return module
 
 
-@contextmanager
-def compiling(recipe: dict[str, Any]) -> Iterator[bool]:
-    """Whether blocks are compiled (on a GPU, if asked for), once for all lengths and batch sizes.
-
-    While it lasts, compiled code runs where :class:`Begin` lets it.
-    """
-    compiled = bool(recipe.get("compile")) and torch.cuda.is_available()
-    stance = torch.compiler.set_stance("force_eager" if compiled else "default")
-    with stance, torch._dynamo.config.patch(assume_static_by_default=not compiled):
-        yield compiled
-
-
 def run_one(job: Job) -> dict[str, Any]:
     """Train and evaluate one method on one order with one seed, and write its result."""
-    with compiling(job.recipe) as compiled:
-        return _run_one(job, compiled)
-
-
-def _run_one(job: Job, compiled: bool) -> dict[str, Any]:
     warnings.filterwarnings("ignore", message=".*(num_workers|many workers|log_every_n_steps|is missing|empty).*")
     pl.seed_everything(job.seed, verbose=False)
     began = time.perf_counter()
@@ -325,11 +295,11 @@ def _run_one(job: Job, compiled: bool) -> dict[str, Any]:
     trainer = pl.Trainer(
         accelerator="auto",
         devices=1,
-        strategy=CLSingleDeviceStrategy(compile_blocks=compiled),
+        strategy=CLSingleDeviceStrategy(),
         precision=recipe["precision"],
         max_epochs=job.max_epochs or recipe["epochs"],
         max_steps=job.max_steps or -1,
-        callbacks=[costs, *callbacks, Begin(costs, compiled)],
+        callbacks=[costs, *callbacks, *([GraphedBlocks()] if graphed(recipe) else []), Begin(costs)],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -380,6 +350,11 @@ def _run_one(job: Job, compiled: bool) -> dict[str, Any]:
         yaml.safe_dump({job.method: job.spec, "recipe": recipe, "order": job.tasks})
     )
     return document
+
+
+def graphed(recipe: dict[str, Any]) -> bool:
+    """Whether training steps run from CUDA graphs: on a GPU, if asked for."""
+    return bool(recipe.get("graphs")) and torch.cuda.is_available()
 
 
 def joint_matrix(stream: TaskStream, tasks: list[str]) -> TaskMatrix:

@@ -88,12 +88,16 @@ def part(run: Run) -> dict[str, Any]:
 
 
 def origin(run: Run) -> str:
-    """Hardware, versions and recipe: results that differ here are shown apart and never averaged together."""
+    """Hardware, versions and recipe: results that differ here are shown apart and never averaged together.
+
+    A switch that is off is as if it were not there, so that results from before a switch stand with those from after it.
+    """
     made, comparison = run.made_by, part(run)
+    recipe = {key: value for key, value in comparison["recipe"].items() if value is not False}
     versions = ", ".join(f"{name} {version}" for name, version in sorted((made.get("versions") or {}).items()))
-    shared = json.dumps([comparison["recipe"], comparison["tasks"], comparison["files"]], sort_keys=True)
-    recipe = hashlib.sha256(shared.encode()).hexdigest()[:8]
-    return f"{made.get('hardware') or 'unknown hardware'}; {versions or 'unknown versions'}; recipe {recipe}"
+    shared = json.dumps([recipe, comparison["tasks"], comparison["files"]], sort_keys=True)
+    digest = hashlib.sha256(shared.encode()).hexdigest()[:8]
+    return f"{made.get('hardware') or 'unknown hardware'}; {versions or 'unknown versions'}; recipe {digest}"
 
 
 # ------------------------------------------------------------------------------------------------- one run's figures
@@ -122,7 +126,7 @@ def seconds_of_stream(rounds: Sequence[Run], tasks: int, steps: int) -> float:
     """What training on that many tasks and steps takes alone, from the cost pass: all but the evaluation.
 
     A replay of past tasks begins with the second one, so later tasks cost what the second did. What a task does once
-    (rows made, references taken, code compiled) counts once, whatever its steps; of the first task only what lies before
+    (rows made, references taken) counts once, whatever its steps; of the first task only what lies before
     and after its steps, since a process's own start lies in them.
 
     Args:
@@ -261,13 +265,13 @@ def cost_cells(line: Line, base: Line | None, costs: Costs) -> list[str]:
 
 
 def _peak_memory(line: Line | None, costs: Costs) -> int | None:
-    """Bytes, from the cost pass; or from the runs themselves, where all methods ran alike: without compiled blocks."""
+    """Bytes, from the cost pass; or from the runs themselves, where all methods ran alike: without graphs."""
     if line is None:
         return None
     first = part(line.runs[0])
     if first["method"] in costs:
         return part(costs[first["method"]][0])["cost"]["peak_memory_bytes"]
-    return None if costs or first["recipe"].get("compile") else first["cost"]["peak_memory_bytes"]
+    return None if costs or first["recipe"].get("graphs") else first["cost"]["peak_memory_bytes"]
 
 
 def relative_time(line: Line, costs: Costs, base: Line | None = None) -> float | None:

@@ -9,14 +9,11 @@ import json
 import sys
 import tarfile
 import time
-from contextlib import ExitStack
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
-import torch
 import yaml
 
 from lightning_cl.commands.report import main as report
@@ -30,7 +27,7 @@ FOLDER = Path(__file__).parents[2] / "examples" / "benchmark"
 @pytest.fixture
 def compare(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(FOLDER))
-    for name in ("compare", "compare_data", "compare_run", "compare_table"):
+    for name in ("compare", "compare_data", "compare_graphs", "compare_run", "compare_table"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     # What the script sets for its children must not outlive the test.
     for name in ("PYTORCH_NVML_BASED_CUDA_CHECK", "TOKENIZERS_PARALLELISM"):
@@ -210,38 +207,6 @@ def test_what_is_done_before_the_first_step_is_preparation(
         assert costs[stage]["prepare_seconds"] > 0.5
         assert costs[stage]["train_seconds"] < 0.5
         assert 0 < costs[stage]["step_seconds"] * costs[stage]["steps"] < 0.5
-
-
-def test_compiled_code_is_for_training_steps(compare: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = sys.modules["compare_run"]
-    compiled: list[Any] = []
-
-    def backend(graph: Any, inputs: Any) -> Any:
-        compiled.append(graph)
-        return graph.forward
-
-    torch.compiler.reset()
-    double = torch.compile(lambda x: 2 * x, backend=backend)
-    costs, trainer = run.Costs(), SimpleNamespace(global_step=0)
-    with ExitStack() as stack:
-        with monkeypatch.context() as patch:
-            patch.setattr(torch.cuda, "is_available", lambda: True)
-            assert stack.enter_context(run.compiling({"compile": True}))
-        assert not torch._dynamo.config.assume_static_by_default
-        begin = run.Begin(costs, True)
-        double(torch.ones(2))
-        assert not compiled  # before a task, and in a reference pass of its first step
-        costs._enter("prepare")
-        begin.on_train_batch_start(trainer, None, None, 0)
-        double(torch.ones(2))
-        assert len(compiled) == 1
-        begin.on_train_end(trainer, None)
-        double(torch.ones(2, 2))
-        assert len(compiled) == 1
-    assert torch._dynamo.config.assume_static_by_default
-    double(torch.ones(2, 2))
-    assert len(compiled) == 2  # the next run of the process has its own choice
-    torch.compiler.reset()
 
 
 def test_tuning_says_what_it_chose(
