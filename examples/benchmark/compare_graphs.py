@@ -12,11 +12,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_cl.anatomy import CACHE_NAMES
-from lightning_cl.strategies.blocks import find_shard_blocks
+from lightning_cl.strategies.blocks import find_shard_blocks, has_hooks_inside
 
 #: Lengths are padded to multiples of it: a task's batches have a few lengths then, and each is captured once.
 MULTIPLE = 64
@@ -28,7 +29,11 @@ class GraphedBlocks(pl.Callback):
     Forward and backward passes are captured when a batch size and a padded length first come, all blocks at once, and
     again after a task that left other parameters (a new adapter). What a graph cannot do runs as without it: passes
     without gradients, in evaluation or with a cache, a step's second pass (its activations would take the first one's
-    place), and blocks with hooks inside. Gradients must not be accumulated over batches: they lie in the graphs' memory.
+    place), and blocks with hooks inside.
+
+    Raises:
+        MisconfigurationException: if gradients are to be accumulated over batches: they lie in the graphs' memory, which
+            the next batch writes again.
 
     Example:
         >>> trainer = pl.Trainer(callbacks=[GraphedBlocks()], accelerator="gpu", devices=1)  # doctest: +SKIP
@@ -43,6 +48,11 @@ class GraphedBlocks(pl.Callback):
         self._is_first_pass = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.accumulate_grad_batches != 1:
+            raise MisconfigurationException(
+                f"`GraphedBlocks` keeps gradients in memory that each batch writes again, so that"
+                f" `accumulate_grad_batches={trainer.accumulate_grad_batches}` would lose them. Use 1, or no graphs."
+            )
         blocks = [pl_module.get_submodule(name) for name in find_shard_blocks(pl_module)]
         # A graph knows its parameters by their addresses.
         parameters = [(id(p), p.data_ptr(), p.requires_grad) for block in blocks for p in block.parameters()]
@@ -83,15 +93,15 @@ class GraphedBlocks(pl.Callback):
             and positions is not None
             and (mask is None or mask.dtype == torch.bool)
             and not any(arguments.get(name) is not None for name in CACHE_NAMES)
-            and self._blocks[0][0].training
-            and not any(p._forward_hooks or p._forward_pre_hooks or p._backward_hooks for p in self._parts)
+            and self._blocks[-1][0].training  # the first may be frozen, under a router
+            and not self._has_hooks_inside()
         )
         if not usual:
             return None
         self._is_first_pass = False
         rows, tokens = hidden.shape[:2]
         length = -(-tokens // MULTIPLE) * MULTIPLE
-        key = rows, length, len(positions[0])
+        key = rows, length, len(positions[0]), *(block.training for block, _, _ in self._blocks)
         if key not in self._graphs:
             known = next(iter(self._graphs.values()), None)
             pool = torch.cuda.graph_pool_handle() if known is None else known.pool  # no two are at work at a time
@@ -99,6 +109,17 @@ class GraphedBlocks(pl.Callback):
             self._graphs[key] = Graphs(forwards, pad(hidden, length), context(hidden, mask, positions, length), pool)
         self._graphs[key].begin(hidden, mask, positions)
         return self._graphs[key]
+
+    def _has_hooks_inside(self) -> bool:
+        # This package tells of its own, some of which do nothing in training.
+        hooks = (
+            hook
+            for part in self._parts
+            for known in (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks)
+            for hook in known.values()
+        )
+        foreign = any(not getattr(hook, "__module__", "").startswith("lightning_cl.") for hook in hooks)
+        return foreign or any(has_hooks_inside(block, training=True) for block, _, _ in self._blocks)
 
 
 class Graphs:
@@ -120,12 +141,14 @@ class Graphs:
     ) -> None:
         self.pool = pool
         self._shared, self._length, self._tokens = shared, hidden.shape[1], 0
-        # The first block's input has no gradient where the embedding is frozen.
-        gradients = [hidden.requires_grad, *(True for _ in forwards[1:])]
+        # Above frozen layers alone a block's input has no gradient.
+        trained = [any(p.requires_grad for p in block.parameters()) for block, _ in forwards]
+        gradients = [hidden.requires_grad or any(trained[:k]) for k in range(len(forwards))]
         samples = tuple((torch.zeros_like(hidden, requires_grad=gradient), *shared) for gradient in gradients)
-        autocast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
+        device = hidden.device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         calls = tuple(Call(block, forward, autocast) for block, forward in forwards)
-        with torch.autocast("cuda", enabled=False):  # what it keeps of one pass would not be there in the next
+        with torch.autocast(device, enabled=False):  # what it keeps of one pass would not be there in the next
             self._calls = torch.cuda.make_graphed_callables(calls, samples, num_warmup_iters=1, pool=pool)
 
     def begin(self, hidden: Tensor, mask: Tensor | None, positions: tuple[Tensor, Tensor]) -> None:

@@ -138,6 +138,12 @@ def run_uncompiled(module: nn.Module, parts: Iterable[nn.Module], training: bool
     return undo
 
 
+def has_hooks_inside(block: nn.Module, training: bool) -> bool:
+    """Whether :func:`run_uncompiled` has told of hooks inside a block, in training or else in evaluation."""
+    told = block.__dict__.get(_UNCOMPILED, ())
+    return any(told) if training else bool(told)
+
+
 def is_prepared(block: nn.Module) -> bool:
     """Whether :func:`prepare_blocks` made this module's ``forward``."""
     return _FLAG in block.__dict__ and any(block.__dict__[_FLAG][1])
@@ -159,10 +165,10 @@ def _prepared(block: nn.Module, forward: Callable[..., Any], recompute: bool, co
             return forward(*args, **kwargs)
         if useless:
             kwargs = {**kwargs, **empty, **({"use_cache": False} if "use_cache" in kwargs else {})}
-        hooked = compile and block.__dict__.get(_UNCOMPILED)
+        hooked = compile and has_hooks_inside(block, training)
         if not training:
             return (forward if hooked else evaluate)(*args, **kwargs)
-        if hooked and any(hooked):
+        if hooked:
             return uncompiled(*args, **kwargs)
         if compile and args and isinstance(args[0], Tensor) and args[0].is_floating_point():
             # The first block's input has no gradient where the embedding is frozen: a variant for one block's sake.

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightning_cl.strategies.blocks import run_uncompiled
 from tests.examples.test_benchmark_compare import compare, config  # noqa: F401
 from tests.helpers.models import lora, tiny_llama
 
@@ -29,8 +32,14 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture
 def replays(graphs: Any, monkeypatch: pytest.MonkeyPatch) -> Counter[Any]:
-    """How often the first block ran from graphs, and how many sets of graphs were captured."""
+    """How often the first block ran from graphs, and how many sets of graphs were captured.
+
+    Without a GPU, what would be captured is called: all but the capture itself runs there too.
+    """
     found: Counter[Any] = Counter()
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(torch.cuda, "make_graphed_callables", lambda calls, samples, **kwargs: calls)
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
     run, make = graphs.Graphs.__call__, graphs.Graphs.__init__
 
     def counted(self: Any, index: int, hidden: Tensor) -> Tensor:
@@ -74,18 +83,22 @@ def test_tokens_do_not_see_what_they_are_padded_with(graphs: Any, lengths: list[
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("method", ["sequential", "multi-task", "memory", "i-lora", "routed"])
+@pytest.mark.parametrize("method", ["sequential", "memory", "i-lora", "routed"])
 def test_a_run_from_graphs_comes_out_as_one_without(
     compare: Any,  # noqa: F811
     config: Path,  # noqa: F811
     replays: Counter[Any],
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     method: str,
 ) -> None:
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(sys.modules["compare_run"], "graphed", lambda recipe: recipe["graphs"])
     standard = compare.read_config(compare.STANDARD)["methods"]
     content = compare.read_config(config)
     content["methods"][method] = standard[method]
+    if method == "routed":
+        standard[method]["callbacks"][0]["init_args"]["expansion_dim"] = 32  # 4,096 takes a CPU a minute
     results = []
     for switch in (False, True):
         changed = {**content, "recipe": {**content["recipe"], "graphs": switch}}
@@ -96,7 +109,7 @@ def test_a_run_from_graphs_comes_out_as_one_without(
         assert compare.main([*arguments, "--methods", method]) == 0
         results.append(json.loads((out / "two" / method / "seed_0" / "task_matrix.json").read_text()))
     assert replays["passes"] > 4
-    without, with_graphs = ([cell["value"] for cell in document["cells"]] for document in results)
+    without, with_graphs = ([score["value"] for score in document["matrix"]["scores"]] for document in results)
     assert with_graphs == pytest.approx(without, abs=2e-3)
 
 
@@ -116,12 +129,14 @@ class Net(pl.LightningModule):
         return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=1.0)
 
 
-def fit(module: Net, *callbacks: pl.Callback, lengths: tuple[int, ...] = (20, 20, 31, 70)) -> list[Tensor]:
+def fit(
+    module: Net, *callbacks: pl.Callback, lengths: tuple[int, ...] = (20, 20, 31, 70), **settings: Any
+) -> list[Tensor]:
     """The adapter's weights after a step for each length."""
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randint(4, 100, (4, length), generator=generator) for length in lengths]
     trainer = pl.Trainer(
-        accelerator="gpu",
+        accelerator="auto",
         devices=1,
         max_epochs=1,
         callbacks=list(callbacks),
@@ -129,6 +144,7 @@ def fit(module: Net, *callbacks: pl.Callback, lengths: tuple[int, ...] = (20, 20
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        **settings,
     )
     trainer.fit(module, DataLoader(batches, batch_size=None))
     return [p.detach().cpu() for p in module.parameters() if p.requires_grad]
@@ -139,7 +155,6 @@ def close(found: list[Tensor], expected: list[Tensor]) -> None:
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.gpu
 def test_each_padded_length_is_captured_once(graphs: Any, replays: Counter[Any]) -> None:
     expected = fit(Net())
     assert not replays
@@ -149,7 +164,6 @@ def test_each_padded_length_is_captured_once(graphs: Any, replays: Counter[Any])
     assert all("forward" not in part.__dict__ for part in module.modules())
 
 
-@pytest.mark.gpu
 def test_other_parameters_are_captured_anew(graphs: Any, replays: Counter[Any]) -> None:
     callback = graphs.GraphedBlocks()
     fit(Net(), callback, lengths=(20, 20))
@@ -157,18 +171,28 @@ def test_other_parameters_are_captured_anew(graphs: Any, replays: Counter[Any]) 
     assert replays == {"passes": 4, "captured": 2}
 
 
-@pytest.mark.gpu
 def test_a_second_pass_of_a_step_runs_without_graphs(graphs: Any, replays: Counter[Any]) -> None:
     expected = fit(Net(passes=2))
     close(fit(Net(passes=2), graphs.GraphedBlocks()), expected)
     assert replays == {"passes": 4, "captured": 2}
 
 
-@pytest.mark.gpu
 def test_hooks_inside_blocks_are_heard(graphs: Any, replays: Counter[Any]) -> None:
     module, heard = Net(), []
     layer = module.model.base_model.model.model.layers[1].mlp
-    layer.register_forward_hook(lambda *args: heard.append(args))
+    handle = layer.register_forward_hook(lambda *args: heard.append(args))
     fit(module, graphs.GraphedBlocks())
     assert len(heard) == 4
     assert not replays
+    handle.remove()
+    undo = run_uncompiled(module, [layer])  # as this package's own hooks tell of themselves
+    fit(module, graphs.GraphedBlocks())
+    assert not replays
+    undo()
+    fit(module, graphs.GraphedBlocks())
+    assert replays["passes"] == 4
+
+
+def test_gradients_are_not_accumulated_in_the_memory_of_graphs(graphs: Any) -> None:
+    with pytest.raises(MisconfigurationException, match=r"`accumulate_grad_batches=2` would lose them. Use 1, or no"):
+        fit(Net(), graphs.GraphedBlocks(), accumulate_grad_batches=2)
