@@ -299,6 +299,17 @@ def test_other_machines_and_versions_are_never_averaged(compare: Any, config: Pa
     assert "commit c0ffee1." in text
 
 
+def test_a_switch_that_is_off_is_as_if_it_were_not_there(compare: Any, config: Path, tmp_path: Path) -> None:
+    for seed, recipe in enumerate(({"epochs": 2}, {"epochs": 2, "graphs": False}, {"epochs": 2, "graphs": True})):
+        fabricated(tmp_path / "r", compare, seed, 0.0)
+        file = tmp_path / "r" / f"run_{seed}" / "task_matrix.json"
+        document = json.loads(file.read_text())
+        document["comparison"]["recipe"] = recipe
+        file.write_text(json.dumps(document))
+    text = compare.compare_table.document(tmp_path / "r", compare.read_config(config), None)
+    assert sorted(row[-1] for row in rows_of(text)) == ["1", "2"]
+
+
 def test_a_result_of_changed_files_says_so(compare: Any, config: Path, tmp_path: Path) -> None:
     fabricated(tmp_path / "r", compare, 0, 0.0, commit="c0ffee11-dirty")
     assert "commit c0ffee1-dirty." in compare.compare_table.document(tmp_path / "r", compare.read_config(config), None)
