@@ -25,7 +25,7 @@ from lightning_cl import anatomy
 from lightning_cl.finite import FiniteGuard
 from lightning_cl.replay.joining import Added, Joiner, RowProvider
 from lightning_cl.step import ReplayRows, Step
-from lightning_cl.strategies.blocks import caches_ignored, is_prepared, run_uncompiled
+from lightning_cl.strategies.blocks import caches_ignored, is_compiled, run_uncompiled
 
 __all__ = ["Attachment", "Step", "replay_rows"]
 
@@ -129,9 +129,9 @@ class Attachment:
             return
         self._refuse_dataloader_iter()
         self._joiner.check()
-        compiled = _is_compiled(self.module)
+        compiled = is_compiled(self.module)
         # Of compiled code, blocks that a strategy prepared leave the rest of the network in Python, and their own hooks.
-        self._traced = _is_compiled(self.module, but=is_prepared)
+        self._traced = is_compiled(self.module, but_prepared=True)
         # Dynamo traces hooks into the compiled graph; ours must run in Python, at every step.
         outside_graph = torch._dynamo.disable if compiled else (lambda hook: hook)
         if self._joiner.providers:
@@ -493,12 +493,3 @@ def _silent(module: pl.LightningModule) -> Any:
                 object.__delattr__(module, name)
             else:
                 object.__setattr__(module, name, own)
-
-
-def _is_compiled(module: nn.Module, but: Callable[[nn.Module], bool] = lambda part: False) -> bool:
-    return any(
-        getattr(part, "_compiled_call_impl", None) is not None
-        or hasattr(part, "_orig_mod")
-        or (hasattr(part.forward, "_torchdynamo_orig_callable") and not but(part))
-        for part in module.modules()
-    )

@@ -16,11 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_cl import replay_rows
 from lightning_cl.anatomy import find_final_norm
-from lightning_cl.attachment import Attachment, _is_compiled
+from lightning_cl.attachment import Attachment
 from lightning_cl.callbacks import ContinualCallback, ReplayMixer
 from lightning_cl.replay import GeneralSamples
 from lightning_cl.strategies import CLSingleDeviceStrategy
-from lightning_cl.strategies.blocks import find_shard_blocks, is_prepared, prepare_blocks
+from lightning_cl.strategies.blocks import find_shard_blocks, is_compiled, prepare_blocks
 from lightning_cl.weights import adapters_disabled
 from tests.helpers import models, waits
 
@@ -507,9 +507,9 @@ def test_blocks_that_the_user_compiled_count_as_compiled_also_where_a_strategy_p
     module = models.PlainLM(models.tiny_llama())
     blocks = find_shard_blocks(module)
     prepare_blocks(module, blocks, recompute=True, compile=True)
-    assert not _is_compiled(module, but=is_prepared)
+    assert not is_compiled(module, but_prepared=True)
     module.get_submodule(blocks[0]).compile(backend="eager")
-    assert _is_compiled(module, but=is_prepared)
+    assert is_compiled(module, but_prepared=True)
 
 
 @pytest.mark.parametrize("part", ["", ".mlp"])

@@ -19,7 +19,7 @@ from lightning_cl.routing.adapters import AdapterBank
 from lightning_cl.routing.features import pool, prompt_mask
 from lightning_cl.routing.mixed import MixedAdapters
 from lightning_cl.routing.router import BASE, AnalyticRouter, Routes
-from lightning_cl.strategies.blocks import run_uncompiled
+from lightning_cl.strategies.blocks import is_compiled, run_uncompiled
 
 __all__ = ["RoutedForward"]
 
@@ -91,10 +91,7 @@ class RoutedForward:
         """Put the hooks in place; a second call does nothing."""
         if self._undo:
             return self
-        compiled = any(
-            getattr(part, "_compiled_call_impl", None) is not None or hasattr(part, "_orig_mod")
-            for part in self.module.modules()
-        )
+        compiled = is_compiled(self.module, but_prepared=True)
         # Dynamo would trace hooks into the graph, where a Python list of routes cannot be read.
         outside: Callable[[Any], Any] = torch._dynamo.disable if compiled else (lambda hook: hook)
         backbone = anatomy.find_backbone(self.module, self.feature_layer)[1]

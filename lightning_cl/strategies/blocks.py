@@ -149,6 +149,21 @@ def is_prepared(block: nn.Module) -> bool:
     return _FLAG in block.__dict__ and any(block.__dict__[_FLAG][1])
 
 
+def is_compiled(module: nn.Module, but_prepared: bool = False) -> bool:
+    """Whether a part of a network is compiled, by any of torch's ways.
+
+    Args:
+        module: any module.
+        but_prepared: blocks that :func:`prepare_blocks` compiled do not count: hooks on them run in Python.
+    """
+    return any(
+        getattr(part, "_compiled_call_impl", None) is not None
+        or hasattr(part, "_orig_mod")
+        or (hasattr(part.forward, "_torchdynamo_orig_callable") and not (but_prepared and is_prepared(part)))
+        for part in module.modules()
+    )
+
+
 def _prepared(block: nn.Module, forward: Callable[..., Any], recompute: bool, compile: bool) -> Callable[..., Any]:
     uncompiled = _recomputed(forward) if recompute else forward
     train, evaluate = (torch.compile(uncompiled), torch.compile(forward)) if compile else (uncompiled, forward)

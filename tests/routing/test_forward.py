@@ -223,14 +223,18 @@ def test_compiled_blocks_are_routed_and_train_without_the_hooks(traces, attached
     assert traces.frame_count == before + 2
 
 
-def test_compiled_networks_are_routed_too():
+@pytest.mark.parametrize("how", ["block", "forward"])
+def test_compiled_networks_are_routed_too(how):
     plain, compiled = Setup(), Setup()
     batch = prompts()
     with torch.no_grad():
         expected = plain.model(**batch).logits
         compiled.routed.detach()
         for block in compiled.model.base_model.model.model.layers:
-            block.compile(backend="eager")
+            if how == "block":
+                block.compile(backend="eager")
+            else:
+                block.forward = torch.compile(block.forward, backend="eager")
         compiled.model(**batch)  # compiled without hooks
         compiled.routed.attach()
         torch.testing.assert_close(compiled.model(**batch).logits, expected)
