@@ -6,6 +6,7 @@ A step of a small model is thousands of small kernels, and launching them takes 
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_cl.anatomy import CACHE_NAMES
-from lightning_cl.strategies.blocks import find_shard_blocks, has_hooks_inside
+from lightning_cl.strategies.blocks import find_shard_blocks, has_hooks_inside, is_prepared
 
 #: Lengths are padded to multiples of it: a task's batches have a few lengths then, and each is captured once.
 MULTIPLE = 64
@@ -27,13 +28,13 @@ class GraphedBlocks(pl.Callback):
     """Runs the blocks of a Llama-like network from CUDA graphs in training steps, with the same results up to rounding.
 
     Forward and backward passes are captured when a batch size and a padded length first come, all blocks at once, and
-    again after a task that left other parameters (a new adapter). What a graph cannot do runs as without it: passes
-    without gradients, in evaluation or with a cache, a step's second pass (its activations would take the first one's
-    place), and blocks with hooks inside.
+    again where other parameters train (a new adapter) or what has been captured no longer holds. What a graph cannot do
+    runs as without it: passes without gradients, in evaluation or with a cache, a step's second pass (its activations
+    would take the first one's place), checkpointed blocks, and blocks with hooks inside.
 
     Raises:
-        MisconfigurationException: if gradients are to be accumulated over batches: they lie in the graphs' memory, which
-            the next batch writes again.
+        MisconfigurationException: if gradients are accumulated over batches, or by hand: they lie in the graphs' memory,
+            which the next batch writes again; if blocks get different masks or positions.
 
     Example:
         >>> trainer = pl.Trainer(callbacks=[GraphedBlocks()], accelerator="gpu", devices=1)  # doctest: +SKIP
@@ -41,30 +42,28 @@ class GraphedBlocks(pl.Callback):
 
     def __init__(self) -> None:
         self._blocks: list[tuple[nn.Module, Callable[..., Tensor], Any]] = []
-        self._graphs: dict[tuple[int, ...], Graphs] = {}
-        self._captured_for: list[tuple[int, int, bool]] = []
         self._parts: list[nn.Module] = []
+        self._tensors: list[Tensor] = []
+        self._graphs: dict[Any, Graphs] = {}
+        self._captured_for: list[tuple[int, int, bool]] = []
         self._current: Graphs | None = None
+        self._shared: tuple[Any, ...] = ()
         self._is_first_pass = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.accumulate_grad_batches != 1:
-            raise MisconfigurationException(
-                f"`GraphedBlocks` keeps gradients in memory that each batch writes again, so that"
-                f" `accumulate_grad_batches={trainer.accumulate_grad_batches}` would lose them. Use 1, or no graphs."
-            )
         blocks = [pl_module.get_submodule(name) for name in find_shard_blocks(pl_module)]
-        # A graph knows its parameters by their addresses.
-        parameters = [(id(p), p.data_ptr(), p.requires_grad) for block in blocks for p in block.parameters()]
-        if parameters != self._captured_for:
-            self._graphs.clear()
-            self._captured_for = parameters
         self._parts = [part for block in blocks for part in block.modules() if part is not block]
+        self._tensors = [value for block in blocks for value in (*block.parameters(), *block.buffers())]
         self._blocks = [(block, block.forward, block.__dict__.get("forward")) for block in blocks]
         for index, block in enumerate(blocks):
             block.forward = partial(self._forward, index)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if not pl_module.automatic_optimization or trainer.accumulate_grad_batches != 1:
+            raise MisconfigurationException(
+                "`GraphedBlocks` keeps gradients in memory that each batch writes again, so that accumulating them would"
+                " lose some. Use automatic optimization and `accumulate_grad_batches=1`, or no graphs."
+            )
         self._is_first_pass = True
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -73,82 +72,89 @@ class GraphedBlocks(pl.Callback):
                 del block.forward
             else:
                 block.forward = own
-        self._blocks = []
+        self._blocks, self._parts, self._tensors, self._shared = [], [], [], ()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self.on_train_end(trainer, pl_module)
 
     def _forward(self, index: int, hidden: Tensor, **arguments: Any) -> Tensor:
+        shared = arguments.get("attention_mask"), arguments.get("position_embeddings")
         if index == 0:
+            self._shared = shared
             self._current = self._choose(hidden, arguments)
         if self._current is None:
             return self._blocks[index][1](hidden, **arguments)
+        if any(own is not first for own, first in zip(shared, self._shared, strict=True)):
+            raise MisconfigurationException(
+                "`GraphedBlocks` gives all blocks the first one's mask and positions, but this network's differ (some"
+                " with sliding attention?). Train it without graphs."
+            )
         return self._current(index, hidden)
 
     def _choose(self, hidden: Tensor, arguments: dict[str, Any]) -> Graphs | None:
-        mask, positions = arguments.get("attention_mask"), arguments.get("position_embeddings")
+        mask, positions = self._shared
         usual = (
             torch.is_grad_enabled()
             and self._is_first_pass
             and positions is not None
             and (mask is None or mask.dtype == torch.bool)
             and not any(arguments.get(name) is not None for name in CACHE_NAMES)
-            and self._blocks[-1][0].training  # the first may be frozen, under a router
+            and not any(is_prepared(block) for block, _, _ in self._blocks)
             and not self._has_hooks_inside()
         )
         if not usual:
             return None
         self._is_first_pass = False
-        rows, tokens = hidden.shape[:2]
-        length = -(-tokens // MULTIPLE) * MULTIPLE
-        key = rows, length, len(positions[0]), *(block.training for block, _, _ in self._blocks)
+        self._forget_what_has_changed()
+        device = hidden.device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        length = -(-hidden.shape[1] // MULTIPLE) * MULTIPLE
+        training = tuple(block.training for block, _, _ in self._blocks)
+        key = len(hidden), length, len(positions[0]), hidden.dtype, hidden.requires_grad, autocast, training
         if key not in self._graphs:
             known = next(iter(self._graphs.values()), None)
             pool = torch.cuda.graph_pool_handle() if known is None else known.pool  # no two are at work at a time
-            forwards = [(block, forward) for block, forward, _ in self._blocks]
-            self._graphs[key] = Graphs(forwards, pad(hidden, length), context(hidden, mask, positions, length), pool)
+            calls = tuple(Call(block, forward, autocast) for block, forward, _ in self._blocks)
+            self._graphs[key] = Graphs(calls, pad(hidden, length), context(hidden, mask, positions, length), pool)
         self._graphs[key].begin(hidden, mask, positions)
         return self._graphs[key]
 
+    def _forget_what_has_changed(self) -> None:
+        # A graph knows parameters by their addresses, and which of them train.
+        found = [(id(value), value.data_ptr(), value.requires_grad) for value in self._tensors]
+        if found != self._captured_for:
+            self._captured_for = found
+            if self._graphs:
+                self._graphs.clear()
+                gc.collect()  # torch ties them into cycles, and each holds memory of the device
+
     def _has_hooks_inside(self) -> bool:
         # This package tells of its own, some of which do nothing in training.
-        hooks = (
-            hook
-            for part in self._parts
-            for known in (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks)
-            for hook in known.values()
-        )
+        kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        hooks = [hook for part in self._parts for kind in kinds for hook in getattr(part, kind).values()]
         foreign = any(not getattr(hook, "__module__", "").startswith("lightning_cl.") for hook in hooks)
-        return foreign or any(has_hooks_inside(block, training=True) for block, _, _ in self._blocks)
+        on_parameters = any(value._backward_hooks for value in self._tensors)
+        return foreign or on_parameters or any(has_hooks_inside(block, training=True) for block, _, _ in self._blocks)
 
 
 class Graphs:
     """The blocks' graphs for one batch size and one length.
 
     Args:
-        forwards: each block with its own ``forward``.
+        calls: the blocks.
         hidden: the first block's input ``[B, T, D]``, padded.
         shared: what :func:`context` gave; it becomes the graphs' own.
         pool: memory that graphs share.
     """
 
-    def __init__(
-        self,
-        forwards: list[tuple[nn.Module, Callable[..., Tensor]]],
-        hidden: Tensor,
-        shared: tuple[Tensor, ...],
-        pool: Any,
-    ) -> None:
+    def __init__(self, calls: tuple[Call, ...], hidden: Tensor, shared: tuple[Tensor, ...], pool: Any) -> None:
         self.pool = pool
         self._shared, self._length, self._tokens = shared, hidden.shape[1], 0
         # Above frozen layers alone a block's input has no gradient.
-        trained = [any(p.requires_grad for p in block.parameters()) for block, _ in forwards]
-        gradients = [hidden.requires_grad or any(trained[:k]) for k in range(len(forwards))]
+        trained = [any(p.requires_grad for p in call.parameters()) for call in calls]
+        gradients = [hidden.requires_grad or any(trained[:k]) for k in range(len(calls))]
         samples = tuple((torch.zeros_like(hidden, requires_grad=gradient), *shared) for gradient in gradients)
-        device = hidden.device.type
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        calls = tuple(Call(block, forward, autocast) for block, forward in forwards)
-        with torch.autocast(device, enabled=False):  # what it keeps of one pass would not be there in the next
+        with torch.autocast(hidden.device.type, enabled=False):  # what it keeps would not be there in the next pass
             self._calls = torch.cuda.make_graphed_callables(calls, samples, num_warmup_iters=1, pool=pool)
 
     def begin(self, hidden: Tensor, mask: Tensor | None, positions: tuple[Tensor, Tensor]) -> None:

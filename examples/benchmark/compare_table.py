@@ -88,16 +88,17 @@ def part(run: Run) -> dict[str, Any]:
 
 
 def origin(run: Run) -> str:
-    """Hardware, versions and recipe: results that differ here are shown apart and never averaged together.
-
-    A switch that is off is as if it were not there, so that results from before a switch stand with those from after it.
-    """
+    """Hardware, versions and recipe: results that differ here are shown apart and never averaged together."""
     made, comparison = run.made_by, part(run)
-    recipe = {key: value for key, value in comparison["recipe"].items() if value is not False}
     versions = ", ".join(f"{name} {version}" for name, version in sorted((made.get("versions") or {}).items()))
-    shared = json.dumps([recipe, comparison["tasks"], comparison["files"]], sort_keys=True)
+    shared = json.dumps([switched_on(comparison["recipe"]), comparison["tasks"], comparison["files"]], sort_keys=True)
     digest = hashlib.sha256(shared.encode()).hexdigest()[:8]
     return f"{made.get('hardware') or 'unknown hardware'}; {versions or 'unknown versions'}; recipe {digest}"
+
+
+def switched_on(values: dict[str, Any]) -> dict[str, Any]:
+    """A recipe or settings; a switch that is off is as if it were not there, as in results from before there was one."""
+    return {key: value for key, value in values.items() if value is not False}
 
 
 # ------------------------------------------------------------------------------------------------- one run's figures
@@ -215,7 +216,7 @@ def lines_of(runs: list[Run], methods: Iterable[str]) -> list[Line]:
     """The lines in the YAML's order; a method whose settings differ between its runs has a line for each."""
     groups: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
-        key = part(run)["method"], json.dumps([part(run)["settings"], part(run)["budget"]], sort_keys=True)
+        key = part(run)["method"], json.dumps([switched_on(part(run)["settings"]), part(run)["budget"]], sort_keys=True)
         groups.setdefault(key, []).append(run)
     several = [method for method, _ in groups]
     known = list(methods)
@@ -229,7 +230,7 @@ def lines_of(runs: list[Run], methods: Iterable[str]) -> list[Line]:
 def _told(run: Run) -> str:
     """A run's settings in words, such as ``lr 0.001, weight 3.0``."""
     recipe, settings, budget = (part(run)[key] for key in ("recipe", "settings", "budget"))
-    told = {"lr": recipe.get("lr"), **settings}
+    told = {"lr": recipe.get("lr"), **switched_on(settings)}
     return ", ".join([*(f"{name} {value}" for name, value in told.items()), *([budget] if budget != "epochs" else [])])
 
 

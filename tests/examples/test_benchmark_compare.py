@@ -304,7 +304,7 @@ def test_a_switch_that_is_off_is_as_if_it_were_not_there(compare: Any, config: P
         fabricated(tmp_path / "r", compare, seed, 0.0)
         file = tmp_path / "r" / f"run_{seed}" / "task_matrix.json"
         document = json.loads(file.read_text())
-        document["comparison"]["recipe"] = recipe
+        document["comparison"]["recipe"] = document["comparison"]["settings"] = recipe
         file.write_text(json.dumps(document))
     text = compare.compare_table.document(tmp_path / "r", compare.read_config(config), None)
     assert sorted(row[-1] for row in rows_of(text)) == ["1", "2"]
