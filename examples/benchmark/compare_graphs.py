@@ -42,7 +42,7 @@ class GraphedBlocks(pl.Callback):
 
     def __init__(self) -> None:
         self._blocks: list[tuple[nn.Module, Callable[..., Tensor], Any]] = []
-        self._parts: list[nn.Module] = []
+        self._hooks: list[dict[int, Callable[..., Any]]] = []
         self._tensors: list[Tensor] = []
         self._graphs: dict[Any, Graphs] = {}
         self._captured_for: list[tuple[int, int, bool]] = []
@@ -52,7 +52,10 @@ class GraphedBlocks(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         blocks = [pl_module.get_submodule(name) for name in find_shard_blocks(pl_module)]
-        self._parts = [part for block in blocks for part in block.modules() if part is not block]
+        # Looked through in each step: the registers of thousands of layers, which stay the same objects.
+        inner = [part for block in blocks for part in block.modules() if part is not block]
+        kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        self._hooks = [getattr(part, kind) for part in inner for kind in kinds]
         self._tensors = [value for block in blocks for value in (*block.parameters(), *block.buffers())]
         self._blocks = [(block, block.forward, block.__dict__.get("forward")) for block in blocks]
         for index, block in enumerate(blocks):
@@ -72,7 +75,7 @@ class GraphedBlocks(pl.Callback):
                 del block.forward
             else:
                 block.forward = own
-        self._blocks, self._parts, self._tensors, self._shared = [], [], [], ()
+        self._blocks, self._hooks, self._tensors, self._shared = [], [], [], ()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self.on_train_end(trainer, pl_module)
@@ -130,8 +133,7 @@ class GraphedBlocks(pl.Callback):
 
     def _has_hooks_inside(self) -> bool:
         # This package tells of its own, some of which do nothing in training.
-        kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-        hooks = [hook for part in self._parts for kind in kinds for hook in getattr(part, kind).values()]
+        hooks = (hook for registered in self._hooks if registered for hook in registered.values())
         foreign = any(not getattr(hook, "__module__", "").startswith("lightning_cl.") for hook in hooks)
         on_parameters = any(value._backward_hooks for value in self._tensors)
         return foreign or on_parameters or any(has_hooks_inside(block, training=True) for block, _, _ in self._blocks)

@@ -21,7 +21,6 @@ from torch.utils.data import DataLoader
 
 from lightning_cl.strategies import CLSingleDeviceStrategy
 from lightning_cl.strategies.blocks import run_uncompiled
-from tests.examples.test_benchmark_compare import compare, config  # noqa: F401
 from tests.helpers.graphs import make_graphed_callables
 from tests.helpers.models import lora, tiny_llama
 
@@ -90,8 +89,8 @@ def test_tokens_do_not_see_what_they_are_padded_with(graphs: Any, lengths: list[
 
 @pytest.mark.parametrize("method", ["sequential", "memory", "self-kl", "margin", "i-lora", "routed"])
 def test_a_run_from_graphs_comes_out_as_one_without(
-    compare: Any,  # noqa: F811
-    config: Path,  # noqa: F811
+    compare: Any,
+    config: Path,
     replays: Counter[Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
